@@ -1,0 +1,1 @@
+"""Everything in remelt that runs a model: suites, evaluators, reports."""

@@ -1,0 +1,1 @@
+"""Where and when remelt runs: executors on Ray, studies, and the command line."""
