@@ -1,0 +1,56 @@
+"""Searchers: what to try next. Pure ask and tell; the study, its journal and its trials are elsewhere.
+
+To add one, write a module with a class that follows `spec.Searcher` and takes (space, seed, *, options), and give it a
+row here: it then passes through `tests/conformance/test_searchers.py`, as every row does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from remelt.errors import RecipeError
+from remelt.searchers.cma_es import CmaEs
+from remelt.searchers.random_search import RandomSearch
+from remelt.searchers.spec import Searcher, SearchSpace, Trial, TrialState, Variable
+
+__all__ = ["SEARCHERS", "SearchSpace", "Searcher", "Trial", "TrialState", "Variable", "build_searcher"]
+
+SEARCHERS: Mapping[str, type[Any]] = {"cmaes": CmaEs, "random": RandomSearch}
+"""Name in a study file -> class."""
+
+
+def searcher_options(name: str) -> dict[str, Any]:
+    """The options of a searcher with their defaults: the keyword-only parameters of its class.
+
+    Raises:
+        RecipeError: No searcher has this name.
+    """
+    if name not in SEARCHERS:
+        raise RecipeError(f"unknown searcher {name!r}{_nearest(name, SEARCHERS)}; known: {', '.join(SEARCHERS)}")
+    parameters = inspect.signature(SEARCHERS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def build_searcher(name: str, space: SearchSpace, seed: int, options: Mapping[str, Any] | None = None) -> Searcher:
+    """The searcher `name` of the table, with its options checked.
+
+    Raises:
+        RecipeError: The name or an option is unknown, or an option is out of its interval.
+    """
+    known = searcher_options(name)
+    for option, value in (options or {}).items():
+        if option not in known:
+            takes = ", ".join(known) or "none"
+            raise RecipeError(f"searcher {name} has no option {option!r}{_nearest(option, known)}; it takes {takes}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RecipeError(f"searcher {name}: option {option!r} is {value!r}; it must be a number")
+    searcher: Searcher = SEARCHERS[name](space, seed, **(options or {}))
+    return searcher
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name, known, 1, 0.4)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""
