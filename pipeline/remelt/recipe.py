@@ -1,8 +1,8 @@
 """The recipe: which checkpoints are merged, by which operator, with which coefficients and options.
 
 A `Recipe` is a frozen value. It may hold ranges (`Search`) where a number may stand; `variables` lists them and `bind`
-puts numbers in their places. `canonical` is its JSON form, which `remelt.recipe_yaml.parse_recipe` reads back to an equal
-recipe. The YAML reader lives in `remelt.recipe_yaml`, the step to one treatment for each tensor in `remelt.resolve`.
+puts numbers in their places. `canonical` is its JSON form, which `remelt.recipe_yaml.parse_recipe` reads back to an
+equal recipe. The YAML reader is `remelt.recipe_yaml`, the step to one treatment for each tensor `remelt.resolve`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from remelt.dtypes import DTYPES
 from remelt.errors import RecipeError
 
 SIMPLEX_TOLERANCE = 1e-6
@@ -117,6 +118,9 @@ class Constraints(NamedTuple):
     """Groups of variable names whose values are at least 0 and sum to 1."""
 
 
+NO_CONSTRAINTS = Constraints()
+
+
 class Variable(NamedTuple):
     """Something to search: a number in [low, high]."""
 
@@ -140,7 +144,7 @@ class Recipe:
     base: int | None = None
     parameters: Parameters = ()
     rules: tuple[Rule, ...] = ()
-    constraints: Constraints = Constraints()
+    constraints: Constraints = NO_CONSTRAINTS
     name: str | None = None
     dtype: str | None = None
     """safetensors' name. mergekit's dtype of arithmetic, which here is always float32; it sets the output's."""
@@ -219,7 +223,7 @@ class Recipe:
             if abs(total - 1.0) > SIMPLEX_TOLERANCE:
                 raise RecipeError(f"the simplex {', '.join(group)} sums to {total!r}; its values must sum to 1")
         bound = rewrite(self, lambda _, leaf: float(values[leaf.name]) if isinstance(leaf, Search) else leaf)
-        return replace(bound, constraints=Constraints())
+        return replace(bound, constraints=NO_CONSTRAINTS)
 
     def canonical(self) -> dict[str, Any]:
         """The recipe as JSON values under the recipe's own keys, every default written out; stable."""
@@ -238,8 +242,8 @@ class Recipe:
             "parameters": _parameters_document(self.parameters),
             "rules": [self._rule_document(rule) for rule in self.rules],
             "constraints": {"simplex": [list(group) for group in self.constraints.simplex]},
-            "dtype": "all" if self.dtype_all else self.dtype,
-            "out_dtype": self.out_dtype,
+            "dtype": "all" if self.dtype_all else _dtype_document(self.dtype),
+            "out_dtype": _dtype_document(self.out_dtype),
             "tokenizer_source": self.tokenizer_source,
             "max_shard_size": self.max_shard_bytes,
         }
@@ -350,6 +354,10 @@ def _rewrite_parameters(prefix: str, parameters: Parameters, change: Callable[[s
 
 def _default_init(search: Search) -> float:
     return (search.low + search.high) / 2 if search.init is None else search.init
+
+
+def _dtype_document(dtype: str | None) -> str | None:
+    return None if dtype is None else DTYPES[dtype].torch_name
 
 
 def _parameters_document(parameters: Parameters) -> dict[str, Any]:
