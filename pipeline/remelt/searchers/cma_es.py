@@ -52,7 +52,7 @@ class CmaEs:
             raise RecipeError(f"searcher cmaes: sigma is {sigma:g}; it must lie in (0, 1], a part of each range")
         if population is not None and (population < SMALLEST_POPULATION or population != int(population)):
             raise RecipeError(
-                f"searcher cmaes: population is {population}; it must be a whole number of at least {SMALLEST_POPULATION}"
+                f"searcher cmaes: population is {population}; it must be a whole number from {SMALLEST_POPULATION}"
             )
         self.space = space
         self.seed = seed
