@@ -97,7 +97,7 @@ def keep_probabilities_della(delta_N: Array, density: float, epsilon: float) -> 
     ranks_RC = np.empty(rows_RC.shape, np.int64)
     np.put_along_axis(ranks_RC, order_RC, np.arange(n)[None, :], axis=1)
     p_RC = (density - epsilon) + 2 * epsilon * ranks_RC / (n - 1)
-    return p_RC.reshape(delta_N.shape)
+    return as_float64(p_RC.reshape(delta_N.shape))
 
 
 def keep_by_bits(bits_N: NDArray[np.uint32], p_N: Array) -> NDArray[np.bool_]:
