@@ -128,7 +128,7 @@ class Variable(NamedTuple):
     low: float
     high: float
     init: float
-    occurs: tuple[str, ...]
+    occurs: tuple[str, ...] = ()
     """Where it stands in the recipe, such as `models.math.weight` or `parameters.density`."""
 
 
