@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from remelt.searchers import SEARCHERS, SearchSpace, Trial, TrialState, Variable, build_searcher
+from remelt.recipe import Variable
+from remelt.searchers import SEARCHERS, SearchSpace, Trial, TrialState, build_searcher
 
 BOX = SearchSpace((Variable("density", 0.2, 0.9, 0.5), Variable("scale", -1.0, 3.0, 1.0)))
 SIMPLEX = SearchSpace(

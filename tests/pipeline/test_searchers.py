@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remelt.errors import RecipeError
-from remelt.searchers import SearchSpace, Trial, TrialState, Variable, build_searcher, searcher_options
+from remelt.recipe import Variable
+from remelt.searchers import SearchSpace, Trial, TrialState, build_searcher, searcher_options
 from remelt.searchers.cma_es import CmaEs
 
 FOUR = SearchSpace(tuple(Variable(f"w{k}", 0.0, 1.0, 0.25) for k in range(4)), (("w0", "w1", "w2", "w3"),))

@@ -14,9 +14,9 @@ from typing import Any
 from remelt.errors import RecipeError
 from remelt.searchers.cma_es import CmaEs
 from remelt.searchers.random_search import RandomSearch
-from remelt.searchers.spec import Searcher, SearchSpace, Trial, TrialState, Variable
+from remelt.searchers.spec import Searcher, SearchSpace, Trial, TrialState
 
-__all__ = ["SEARCHERS", "SearchSpace", "Searcher", "Trial", "TrialState", "Variable", "build_searcher"]
+__all__ = ["SEARCHERS", "SearchSpace", "Searcher", "Trial", "TrialState", "build_searcher", "searcher_options"]
 
 SEARCHERS: Mapping[str, type[Any]] = {"cmaes": CmaEs, "random": RandomSearch}
 """Name in a study file -> class."""

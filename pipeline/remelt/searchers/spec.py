@@ -12,24 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from remelt.errors import RecipeError
+from remelt.recipe import Variable
 
 SMALLEST_SHARE = 0.01
 """Lower end of a simplex variable's search range, in units of its upper end: shares stay positive, so their sum too."""
 
 SUM_TOLERANCE = 1e-9
 """How far the declared bounds of a simplex group may miss a sum of one, for decimal fractions such as three 1/3."""
-
-
-class Variable(NamedTuple):
-    """One number that a study searches: its name, its interval [low, high], and where the search starts."""
-
-    name: str
-    low: float
-    high: float
-    init: float
 
 
 class TrialState(StrEnum):
