@@ -14,16 +14,15 @@ Task folders are code (templates, `!function` tags): use only those that you tru
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from remelt.errors import EvaluationError
+from remelt.strict_config import Section, load_yaml
 from remelt_evals.eval_report import ROLES, Role, canonical_json
+from remelt_evals.task_files import TaskFile, find_task_files
 
 _SUITE_KEYS = ("name", "tasks_dir", "tasks", "batch_size", "num_fewshot", "allow_overlap")
 _TASK_KEYS = ("ability", "metric", "weight", *ROLES, "num_fewshot", "limit")
@@ -51,17 +50,6 @@ class SuiteTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TaskFile:
-    """Where a local lm-eval task is defined, and the files that decide its items."""
-
-    yaml_path: str
-    data_files: Any
-    """`data_files` of its `dataset_kwargs` with absolute paths: a string, or lists and mappings of them; or None."""
-    file_digests: tuple[tuple[str, str], ...]
-    """(path relative to the suite's file, sha256) of YAML files, their includes, Python files and data files."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
     """A suite as read from its file, every local file hashed."""
 
@@ -71,14 +59,14 @@ class Suite:
     batch_size: int
     allow_overlap: bool
     task_files: Mapping[str, TaskFile]
-    """By lm-eval task name; empty where the suite uses lm-eval's own tasks."""
+    """By lm-eval task name; empty where the suite uses lm-eval's own tasks (no `tasks_dir`)."""
     digest: str
-    """sha256 of the canonical content and the hashes of task YAMLs and data files; no path outside the suite's folder."""
+    """sha256 of the canonical content and of the hashes of task YAMLs and data files; holds no absolute path."""
 
     @property
     def is_local(self) -> bool:
-        """Whether its tasks lie beside it, so that nothing is fetched."""
-        return bool(self.task_files)
+        """Whether its tasks and their items lie on disk, so that nothing is fetched."""
+        return bool(self.task_files) and all(file.data_files is not None for file in self.task_files.values())
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -98,3 +86,94 @@ class Suite:
                 f"add '{role}: <lm-eval task>' to them in {self.path}, or ask for one of: {', '.join(self.roles)}"
             )
         return tuple(dict.fromkeys(name for task in self.tasks if (name := task.task_name(role))))
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Read a suite, find its local tasks, and hash every file that decides its items.
+
+    Raises:
+        EvaluationError: a key, value or file is not as it must be; the message names the file, the place in it and,
+            for an unknown key, the nearest valid one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EvaluationError(f"there is no suite at {path}: give the path of its YAML file")
+    section = Section(load_yaml(path, error=EvaluationError), str(path), error=EvaluationError)
+    section.allow(_SUITE_KEYS)
+    if not section.items("tasks"):
+        section.refuse("expected a list with at least one entry", "tasks")
+    tasks = tuple(
+        _read_task(entry, _optional_integer(section, "num_fewshot", 0)) for entry in section.sections("tasks")
+    )
+    name = section.text("name")
+    batch_size = section.integer("batch_size", 1, low=1)
+    allow_overlap = section.flag("allow_overlap", False)
+    _check_consistent(path, tasks, allow_overlap)
+    task_files: Mapping[str, TaskFile] = {}
+    if section.has("tasks_dir"):
+        names = sorted({name for task in tasks for role in ROLES if (name := task.task_name(role))})
+        task_files = find_task_files(path.parent / section.text("tasks_dir"), names, root=path.parent)
+    content = {
+        "name": name,
+        "tasks": [asdict(task) for task in tasks],
+        "batch_size": batch_size,
+        "allow_overlap": allow_overlap,
+        "files": sorted({pair for file in task_files.values() for pair in file.file_digests}),
+    }
+    return Suite(
+        name=name,
+        path=str(path.resolve()),
+        tasks=tasks,
+        batch_size=batch_size,
+        allow_overlap=allow_overlap,
+        task_files=task_files,
+        digest=hashlib.sha256(canonical_json(content).encode()).hexdigest(),
+    )
+
+
+def _read_task(section: Section, num_fewshot: int | None) -> SuiteTask:
+    section.allow(_TASK_KEYS)
+    names = {role: section.text(role) if section.has(role) else None for role in ROLES}
+    if not any(names.values()):
+        section.refuse(f"names no lm-eval task: give it at least one of {', '.join(ROLES)}")
+    weight = section.number("weight", 1.0, low=0.0)
+    if weight == 0:
+        section.refuse("0 leaves the task out of the objective: remove its line, or give a number above 0", "weight")
+    fewshot = _optional_integer(section, "num_fewshot", 0)
+    return SuiteTask(
+        ability=section.text("ability"),
+        metric=section.text("metric"),
+        weight=weight,
+        search=names["search"],
+        selection=names["selection"],
+        report=names["report"],
+        num_fewshot=num_fewshot if fewshot is None else fewshot,
+        limit=_optional_integer(section, "limit", 1),
+    )
+
+
+def _optional_integer(section: Section, key: str, low: int) -> int | None:
+    return section.integer(key, low=low) if section.has(key) else None
+
+
+def _check_consistent(path: Path, tasks: tuple[SuiteTask, ...], allow_overlap: bool) -> None:
+    """One lm-eval task runs once in a role, with one number of shots and one limit, and serves one role."""
+    roles: dict[str, Role] = {}
+    for role in ROLES:
+        settings: dict[str, SuiteTask] = {}
+        for task in tasks:
+            name = task.task_name(role)
+            if name is None:
+                continue
+            first = settings.setdefault(name, task)
+            if (first.num_fewshot, first.limit) != (task.num_fewshot, task.limit):
+                raise EvaluationError(
+                    f"{path}: lm-eval task {name} is listed for {first.ability} and {task.ability} with different "
+                    "num_fewshot or limit: give both the same"
+                )
+            other = roles.setdefault(name, role)
+            if other != role and not allow_overlap:
+                raise EvaluationError(
+                    f"{path}: lm-eval task {name} serves {other} and {role}, so a number would be reported on items "
+                    "that were optimised: name different tasks, or say 'allow_overlap: true'"
+                )
