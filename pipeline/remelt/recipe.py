@@ -30,7 +30,7 @@ class Search(NamedTuple):
     name: str
 
 
-Scalar: TypeAlias = "float | bool | str | Search"
+Scalar: TypeAlias = float | bool | str | Search
 
 
 class Gradient(NamedTuple):
