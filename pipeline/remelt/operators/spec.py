@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
@@ -89,11 +89,16 @@ class Operator:
     options: Mapping[str, Option]
     """By the recipe's key."""
     summary: str
+    option_check: Callable[[Mapping[str, OptionValue]], str | None] | None = None
+    coefficient_check: Callable[[Sequence[float], Mapping[str, OptionValue]], str | None] | None = None
 
     def check_options(self, options: Mapping[str, OptionValue]) -> str | None:
         """A sentence on what is wrong between options (each one's own interval is checked elsewhere), or None."""
-        check = getattr(self.function, "check_options", None)
-        return check(options) if check else None
+        return self.option_check(options) if self.option_check else None
+
+    def check_coefficients(self, coefficients_K: Sequence[float], options: Mapping[str, OptionValue]) -> str | None:
+        """A sentence on what is wrong with the resolved coefficients of one tensor, or None."""
+        return self.coefficient_check(coefficients_K, options) if self.coefficient_check else None
 
 
 def _option(parameter: inspect.Parameter, namespace: dict[str, Any]) -> Option:
@@ -123,10 +128,13 @@ def describe(
     max_models: int | None = None,
     weight: Literal["required", "optional", "none"] = "required",
     is_random: bool = False,
+    check: Callable[[Mapping[str, OptionValue]], str | None] | None = None,
+    check_coefficients: Callable[[Sequence[float], Mapping[str, OptionValue]], str | None] | None = None,
 ) -> Operator:
     """Make an `Operator` of a function, its options read from the keyword-only parameters.
 
-    Parameters named `draws` (the source of randomness) are arguments, not options.
+    Parameters named `draws` (the source of randomness) are arguments, not options. `check` and `check_coefficients`
+    return a sentence on what is wrong between resolved options or coefficients, or None.
     """
     parameters = inspect.signature(function).parameters.values()
     options = [
@@ -147,4 +155,6 @@ def describe(
         is_random,
         {option.name: option for option in options},
         summary,
+        check,
+        check_coefficients,
     )
