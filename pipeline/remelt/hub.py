@@ -1,0 +1,87 @@
+"""Where a checkpoint's files are: a local folder as it is, or a Hub id fetched through huggingface_hub.
+
+A source is a local path if it exists or starts with ".", "/" or "~"; anything else is a Hub id `org/name[@revision]`.
+Local paths never touch the network. huggingface_hub is imported only for a Hub id.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from remelt.errors import CheckpointError
+
+# What a merge reads or carries over; never *.py, which would be code of the checkpoint's author.
+ALLOWED_FILES = (
+    "*.safetensors",
+    "*.json",
+    "tokenizer*",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "README.md",
+)
+# Sub-folders hold other exports of the same weights (original/, onnx/), `consolidated*` a second copy of them.
+IGNORED_FILES = ("*/*", "consolidated*.safetensors", "*.py", "*.bin", "*.pt")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+
+
+def is_local(source: str) -> bool:
+    """Whether `source` means a path on this machine: it exists, or is written as a path."""
+    return source.startswith((".", "/", "~")) or Path(source).exists()
+
+
+def resolve_source(source: str, *, cache_dir: str | None = None, local_files_only: bool = False) -> Path:
+    """Find the local folder of a checkpoint, fetching it from the Hub where `source` is a Hub id.
+
+    Args:
+        source: a path, or `org/name[@revision]`.
+        cache_dir: the Hub's cache; huggingface_hub's own default (HF_HOME) where None.
+        local_files_only: take a Hub id from the cache alone.
+
+    Raises:
+        CheckpointError: there is no such folder, or the Hub does not give it.
+    """
+    if is_local(source):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        found = "it is a file: name the folder that holds it" if path.exists() else "no such folder; check the path"
+        raise CheckpointError(f"checkpoint {source} does not exist as a folder: {found}")
+    if not _HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"checkpoint {source} does not exist: no such folder under {Path.cwd()}, and it is no Hub id of the form "
+            "org/name or org/name@revision; check the path"
+        )
+    return _fetch_snapshot(source, cache_dir, local_files_only)
+
+
+def _fetch_snapshot(source: str, cache_dir: str | None, local_files_only: bool) -> Path:
+    # Rust and Python progress bars would print from inside a library that prints nothing.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = source.partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision or None,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=list(ALLOWED_FILES),
+            ignore_patterns=list(IGNORED_FILES),
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"checkpoint {source} does not exist here, and the Hub did not give it ({type(error).__name__}: {reason}); "
+            "if a local folder is meant, check the path (write it with ./ or / to keep off the network); if the Hub is "
+            "meant, check name, revision and network, and log in with `hf auth login` where it is gated"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,187 @@
+"""The one range reader: any bytes of any tensor of an indexed checkpoint, into the caller's buffer, from many threads.
+
+It is in the hot path of every merge: a read is a dictionary lookup and a `preadv`, which releases the GIL.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remelt.checkpoint import RAW, CheckpointIndex, Piece, TensorInfo
+from remelt.errors import CheckpointError
+from remelt.kernels.program import geometry_of
+
+Buffer: TypeAlias = "memoryview | bytearray | NDArray[Any]"
+"""Writable and contiguous; filled whole."""
+
+MAX_OPEN_FILES = 32
+"""For one reader. Merges read files in sequence, so few are in use at once; twelve parents stay far below 1,024."""
+
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<u2"),
+    "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("u1"),
+}
+"""How NumPy holds the stored bits of each dtype: 16-bit floats as uint16, 8-bit ones and booleans as uint8."""
+
+
+class _OpenFile:
+    """A descriptor that closes when the last thread lets go of it, so that eviction cannot cut off a read."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        # Unset where os.open raised.
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class RangeReader:
+    """Reads byte ranges of one checkpoint. Thread-safe; a context manager; opens files when they are first read."""
+
+    def __init__(self, index: CheckpointIndex, *, max_open_files: int = MAX_OPEN_FILES) -> None:
+        self.index = index
+        self._max_open_files = max_open_files
+        self._files: dict[int, _OpenFile] = {}
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def __enter__(self) -> RangeReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of all files; reads under way in other threads end as they would have."""
+        with self._lock:
+            self._is_closed = True
+            self._files.clear()
+
+    def read_into(self, info: TensorInfo, start: int, buffer: Buffer) -> None:
+        """Fill `buffer` with bytes [start, start + len(buffer)) of a raw tensor's row-major data.
+
+        Raises:
+            CheckpointError: the disk gives an error or fewer bytes, or the file changed since it was indexed.
+            ValueError: the tensor is not raw, or the range goes beyond it.
+        """
+        if info.codec != RAW or len(info.pieces) != 1:
+            raise ValueError(f"codec {info.codec} with {len(info.pieces)} pieces is read with read_piece_into")
+        self.read_piece_into(info.pieces[0], start, buffer)
+
+    def read_piece_into(self, piece: Piece, start: int, buffer: Buffer) -> None:
+        """Fill `buffer` with bytes [start, start + len(buffer)) of one piece; raises as `read_into`."""
+        view = memoryview(buffer)  # type: ignore[arg-type]  # NumPy types its buffer from Python 3.12 on
+        wanted = view.nbytes
+        if not 0 <= start <= start + wanted <= piece.nbytes:
+            raise ValueError(f"bytes {start} to {start + wanted} of a piece of {piece.nbytes}")
+        if not wanted:
+            return
+        opened = self._files.get(piece.file) or self._open(piece.file)
+        offset = piece.offset + start
+        try:
+            got = os.preadv(opened.descriptor, (view,), offset)
+            if got != wanted:
+                self._read_rest(opened, piece, view.cast("B"), offset, got)
+        except OSError as error:
+            raise self._failed(piece, offset, wanted, error.strerror or str(error)) from error
+
+    def _read_rest(self, opened: _OpenFile, piece: Piece, view: memoryview, offset: int, got: int) -> None:
+        # One preadv gives 2 GiB at most, and signals and network filesystems may give less.
+        last = got
+        while got < view.nbytes:
+            if not last:
+                raise self._failed(piece, offset, view.nbytes, f"got {got:,} and then the end of the file")
+            last = os.preadv(opened.descriptor, (view[got:],), offset + got)
+            got += last
+
+    def _failed(self, piece: Piece, offset: int, wanted: int, reason: str) -> CheckpointError:
+        path = Path(self.index.root, self.index.files[piece.file].name)
+        return CheckpointError(
+            f"{path}: reading {wanted:,} bytes at offset {offset:,} failed: {reason}; check the disk and the file, "
+            "then resume"
+        )
+
+    def _open(self, file: int) -> _OpenFile:
+        with self._lock:
+            if self._is_closed:
+                raise ValueError("the reader is closed")
+            opened = self._files.get(file)
+            if opened is None:
+                opened = self._open_unchanged(file)
+                while len(self._files) >= self._max_open_files:
+                    del self._files[next(iter(self._files))]
+                self._files[file] = opened
+            return opened
+
+    def _open_unchanged(self, file: int) -> _OpenFile:
+        indexed = self.index.files[file]
+        path = Path(self.index.root, indexed.name)
+        try:
+            opened = _OpenFile(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}; it was there when planned") from error
+        found = os.fstat(opened.descriptor)
+        if (found.st_size, found.st_mtime_ns) != (indexed.size, indexed.mtime_ns):
+            raise CheckpointError(
+                f"{path}: changed since it was indexed: {indexed.size:,} bytes then, {found.st_size:,} now, time "
+                f"{indexed.mtime_ns} then, {found.st_mtime_ns} now; plan again"
+            )
+        return opened
+
+    def prefetch(self, info: TensorInfo, start: int, length: int) -> None:
+        """Ask the system to begin reading bytes [start, start + length) of a raw tensor; a hint, never an error."""
+        if not hasattr(os, "posix_fadvise") or not length:
+            return
+        piece = info.pieces[0]
+        opened = self._files.get(piece.file) or self._open(piece.file)
+        os.posix_fadvise(opened.descriptor, piece.offset + start, length, os.POSIX_FADV_WILLNEED)
+
+    def read_piece(self, piece: Piece) -> NDArray[Any]:
+        """A whole piece as its stored bits, in its shape."""
+        array = np.empty(piece.shape, STORED_DTYPES[piece.dtype])
+        self.read_piece_into(piece, 0, array)
+        return array
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[Any]:
+        """A tensor as its stored bits, for tests and tools; the codes of a scaled one.
+
+        Args:
+            name: of a tensor in the index.
+            rows: [start, stop) counted in rows of the last dimension over all leading ones; None for all.
+
+        Returns:
+            The tensor in its shape, or (stop - start, row length) where rows are given.
+        """
+        info = self.index.tensors[name]
+        piece = info.pieces[0]
+        if rows is None:
+            return self.read_piece(piece)
+        start, stop = rows
+        row_length = geometry_of(name, info.shape).row_length
+        array = np.empty((stop - start, row_length), STORED_DTYPES[piece.dtype])
+        self.read_piece_into(piece, start * row_length * array.itemsize, array)
+        return array
