@@ -1,0 +1,74 @@
+"""A connection to Ray: the cluster at RAY_ADDRESS, else one started on the spot; gone again afterwards.
+
+Ray is a guest: what was running before stays as it was, only what was begun here is ended here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from remelt.errors import ExecutionError
+
+OBJECT_STORE_BYTES = 128 * 1024 * 1024
+"""For a cluster started on the spot: plans and receipts pass through it, never tensors."""
+
+
+@contextmanager
+def ray_session(*, num_cpus: int | None = None, resources: dict[str, float] | None = None) -> Iterator[str]:
+    """Be connected to Ray within the block.
+
+    A connection that this process has already is used and left alone. Otherwise the cluster at RAY_ADDRESS is joined,
+    and left at the end. Without one, a cluster of this machine is started, and stopped at the end.
+
+    Args:
+        num_cpus: CPUs of a cluster started on the spot; by default the cores that this process may use.
+        resources: Custom resources of such a cluster.
+
+    Yields:
+        `connected`, `joined` or `started`.
+
+    Raises:
+        ExecutionError: RAY_ADDRESS is set and nothing answers there.
+    """
+    # Ray asks for this to be said before its import, or warns about accelerators once for each worker.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield "connected"
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "remelt"}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            raise ExecutionError(
+                f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({error}); start one, correct the address, "
+                "or unset it to have a cluster started on this machine"
+            ) from error
+    else:
+        _start(num_cpus or len(os.sched_getaffinity(0)), resources or {}, quiet)
+    try:
+        yield "joined" if address else "started"
+    finally:
+        ray.shutdown()
+
+
+def _start(num_cpus: int, resources: dict[str, float], quiet: dict[str, Any]) -> None:
+    """Start a cluster of this machine, without a dashboard and without a word to Ray's makers."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        resources=resources,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        **quiet,
+    )
