@@ -48,7 +48,7 @@ def ray_session(*, num_cpus: int | None = None, resources: dict[str, float] | No
             ray.init(address=address, **quiet)
         except ConnectionError as error:
             raise ExecutionError(
-                f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({error}); start one, correct the address, "
+                f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({error}); start one, correct it, "
                 "or unset it to have a cluster started on this machine"
             ) from error
     else:
