@@ -32,27 +32,39 @@ class TensorClass(NamedTuple):
 
     kind: Kind
     layer: int | None
-    """Layer of the language model; None outside its layers and in a vision tower."""
+    """Layer of the language model; None outside its layers, in a vision tower and in a module called `mtp`."""
     expert: int | None
     """Number of the routed expert; None for all others, fused experts included."""
 
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(layers|h|blocks|block|layer)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 # Each set holds whole components of a dotted name.
 _VISION = frozenset(
-    "vision_tower vision_model vision_encoder visual vision_adapter vision_language_adapter multi_modal_projector "
-    "mm_projector patch_merger image_newline vision_embed_tokens embed_vision".split()
+    [
+        "vision_tower",
+        "vision_model",
+        "vision_encoder",
+        "visual",
+        "vision_adapter",
+        "vision_language_adapter",
+        "multi_modal_projector",
+        "mm_projector",
+        "patch_merger",
+        "image_newline",
+        "vision_embed_tokens",
+        "embed_vision",
+    ]
 )
-_EMBEDDING = frozenset("embed_tokens tok_embeddings word_embeddings wte".split())
-_HEAD = frozenset("lm_head embed_out output".split())
-_ATTENTION = frozenset("self_attn attention linear_attn".split())
-_MLP = frozenset("mlp feed_forward block_sparse_moe".split())
-_SHARED = frozenset("shared_expert shared_experts shared_expert_gate".split())
-_ROUTER = frozenset("gate router".split())
+_EMBEDDING = frozenset(["embed_tokens", "tok_embeddings", "word_embeddings", "wte"])
+_HEAD = frozenset(["lm_head", "embed_out", "output"])
+_ATTENTION = frozenset(["self_attn", "attention", "linear_attn"])
+_MLP = frozenset(["mlp", "feed_forward", "block_sparse_moe"])
+_SHARED = frozenset(["shared_expert", "shared_experts", "shared_expert_gate"])
+_ROUTER = frozenset(["gate", "router"])
 # Tensors that only a multi-token-prediction layer of DeepSeek's layout has.
-_MTP = frozenset("mtp eh_proj enorm hnorm shared_head".split())
+_MTP = frozenset(["eh_proj", "enorm", "hnorm", "shared_head"])
 
 
 @lru_cache(maxsize=1 << 18)
@@ -71,11 +83,17 @@ def classify(name: str, num_hidden_layers: int | None = None) -> TensorClass:
     parts = frozenset(components)
     if parts & _VISION:
         return TensorClass("vision", None, None)
-    layer = int(found[1]) if (found := _LAYER.search(name)) else None
+    if "mtp" in parts:
+        return TensorClass("mtp", None, int(found[1]) if (found := _EXPERT.search(name)) else None)
+    stack = _LAYER.search(name)
+    layer = int(stack[2]) if stack else None
     expert = int(found[1]) if (found := _EXPERT.search(name)) else None
     is_behind = layer is not None and num_hidden_layers is not None and layer >= num_hidden_layers
     if is_behind or parts & _MTP:
         return TensorClass("mtp", layer, expert)
+    if stack and stack[1] != "layers":
+        # GPT-2 and its like: a stack of layers that is known, with modules whose names are not.
+        return TensorClass("other", layer, expert)
     return TensorClass(_kind(components, parts, layer), layer, expert)
 
 
@@ -109,7 +127,7 @@ def num_layers(names: Iterable[str]) -> int:
     last, first_mtp = -1, None
     for name in names:
         found = classify(name)
-        if found.layer is None or "mtp" in name.split("."):
+        if found.layer is None:
             continue
         if found.kind == "mtp":
             first_mtp = found.layer if first_mtp is None else min(first_mtp, found.layer)
