@@ -1,0 +1,72 @@
+"""The `remelt` command. Exit status 2 and one line for what the user can mend; anything else keeps its traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from remelt import __version__
+from remelt.errors import RemeltError
+from remelt_jobs import merge_commands, search_commands
+
+app = typer.Typer(
+    name="remelt",
+    help="Merge checkpoints of any size tensor by tensor, score what comes out, and search the coefficients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"remelt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Takes what comes before the command."""
+
+
+app.command("plan")(merge_commands.plan)
+app.command("merge")(merge_commands.merge)
+app.command("verify")(merge_commands.verify)
+app.command("inspect")(merge_commands.inspect)
+app.command("diff")(merge_commands.diff)
+app.command("operators")(merge_commands.operators)
+app.command("evaluate")(search_commands.evaluate)
+app.command("search")(search_commands.search)
+app.command("demo")(search_commands.demo)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except RemeltError as error:
+        print(f"remelt: {error}", file=sys.stderr)
+        _exit(2)
+    except BrokenPipeError:
+        # The reader of our output went away, as `| head` does.
+        _exit(0)
+
+
+def _exit(status: int) -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

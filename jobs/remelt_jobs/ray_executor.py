@@ -1,0 +1,147 @@
+"""Run a plan's units as Ray tasks: small plans in, files written by the workers, receipts out.
+
+No tensor bytes pass through Ray's object store. A task is idempotent: a retry writes the same files under names of its
+own and renames them. Lost workers and nodes cost the units that were under way there; Ray runs them again elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from remelt.errors import ExecutionError, RemeltError
+from remelt.executor import OnReceipt, finish_unit, shard_sinks
+from remelt.memory import default_memory_bytes
+from remelt.plan import MergePlan, RunSettings, Unit, UnitReceipt
+from remelt.planner import Budget, plan_sizes
+from remelt.unit_runner import OnBytes, UnitRun, open_readers
+
+UNITS_PER_WORKER = 2
+"""Units in the window for each worker, so that a worker finds the next one waiting."""
+MAX_RETRIES = 3
+"""For a worker or node that dies; errors of our own are not retried."""
+
+
+def work_unit(settings: RunSettings, sizes: Any, unit: Unit, work_dirs: Sequence[str]) -> UnitReceipt:
+    """One unit from open to receipt, in this process."""
+    paths = [Path(directory) for directory in work_dirs]
+    _check_numerics(settings)
+    with ExitStack() as stack:
+        readers = [stack.enter_context(reader) for reader in open_readers(settings)]
+        run = UnitRun(unit, settings, sizes, readers, shard_sinks(unit, paths))
+        run.work()
+        return finish_unit(run, paths)
+
+
+def _check_numerics(settings: RunSettings) -> None:
+    from remelt.numerics import numerics_tag
+
+    from remelt.errors import NumericsError
+
+    mine = numerics_tag(settings.device)
+    if mine != settings.numerics:
+        raise NumericsError(
+            f"the run computes with numerics {settings.numerics}, this worker with {mine}: their bytes may differ. "
+            "Install the same version of remelt on every node"
+        )
+
+
+class RayExecutor:
+    """Ray tasks on the cluster at RAY_ADDRESS, else on one started on the spot."""
+
+    def __init__(
+        self,
+        *,
+        num_workers: int | None = None,
+        threads: int | None = None,
+        memory_bytes: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """`num_workers` bounds the units at work at once; by default what the cluster's CPUs can hold.
+
+        `threads` is for each worker (default 1), and what a task asks of Ray as CPUs.
+        """
+        self._threads = threads or 1
+        self._num_workers = num_workers
+        self._memory_bytes = memory_bytes
+        self._device = device
+
+    def budget(self) -> Budget:
+        per_node = max(1, len(os.sched_getaffinity(0)) // self._threads)
+        workers = min(self._num_workers or per_node, per_node)
+        return Budget(
+            memory_bytes=self._memory_bytes or default_memory_bytes(workers),
+            threads=self._threads,
+            num_workers=workers,
+            device=self._device,
+        )
+
+    def run(
+        self,
+        plan: MergePlan,
+        units: Sequence[Unit],
+        work_dirs: Sequence[Path],
+        on_bytes: OnBytes,
+        on_receipt: OnReceipt,
+    ) -> None:
+        if not units:
+            return
+        import ray
+
+        from remelt_jobs.ray_session import ray_session
+
+        with ray_session():
+            remote = ray.remote(work_unit).options(
+                num_cpus=self._threads,
+                num_gpus=1 if self._device == "cuda" else 0,
+                max_retries=MAX_RETRIES,
+                scheduling_strategy="SPREAD",
+                name="remelt.unit",
+            )
+            # Put once: every task would otherwise carry the file tables of all checkpoints.
+            settings, sizes = ray.put(plan.settings), ray.put(plan_sizes(plan))
+            directories = [str(directory.absolute()) for directory in work_dirs]
+            waiting = list(reversed(units))
+            running: dict[Any, Unit] = {}
+            window = self._window(ray)
+            try:
+                while waiting or running:
+                    while waiting and len(running) < window:
+                        unit = waiting.pop()
+                        running[remote.remote(settings, sizes, unit, directories)] = unit
+                    (done,), _ = ray.wait(list(running), num_returns=1)
+                    unit = running.pop(done)
+                    receipt = _get(ray, done, unit)
+                    on_bytes(receipt.read_bytes + receipt.write_bytes)
+                    on_receipt(receipt)
+            finally:
+                for reference in running:
+                    ray.cancel(reference, force=True)
+
+    def _window(self, ray: Any) -> int:
+        if self._num_workers is not None:
+            return self._num_workers
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        return max(1, cpus // self._threads) * UNITS_PER_WORKER
+
+
+def _get(ray: Any, reference: Any, unit: Unit) -> UnitReceipt:
+    """The receipt of a finished task; our own errors as they were raised, anything else named with its unit."""
+    try:
+        receipt: UnitReceipt = ray.get(reference)
+    except ray.exceptions.RayTaskError as failure:
+        cause = failure.cause
+        if isinstance(cause, RemeltError):
+            raise cause from None
+        raise ExecutionError(
+            f"unit {unit.file} failed: {cause!r}; resubmit to resume after mending the cause"
+        ) from failure
+    except ray.exceptions.RayError as failure:
+        raise ExecutionError(
+            f"unit {unit.file} was lost {MAX_RETRIES + 1} times ({type(failure).__name__}); its worker or node died "
+            "each time, often for want of memory: give a lower --memory or fewer workers, then resubmit to resume"
+        ) from failure
+    return receipt

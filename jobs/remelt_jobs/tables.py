@@ -1,0 +1,91 @@
+"""What commands print of checkpoints, differences and operators: plain aligned text that pipes well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from remelt.diff import DiffReport
+from remelt.operators import OPERATORS
+from remelt.operators.spec import Option
+from remelt_jobs.progress import human_bytes
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under a header; numbers to the right, the rest to the left."""
+    texts = [[_text(cell) for cell in row] for row in rows]
+    widths = [max(len(name), *(len(row[place]) for row in texts), 0) for place, name in enumerate(header)]
+    is_number = [bool(rows) and isinstance(row_cell, int | float) for row_cell in (rows[0] if rows else header)]
+    for row in (list(header), *texts):
+        cells = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, is_number, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+
+
+def print_inspection(found: Mapping[str, Any]) -> None:
+    """The report of `remelt.inspection.inspect` for people."""
+    for key, value in found.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            print(f"\n{key}:")
+            print_table(list(value[0]), [list(row.values()) for row in value])
+        elif isinstance(value, Mapping):
+            print(f"{key}:")
+            for inner, content in value.items():
+                print(f"  {inner}: {_text(content)}")
+        elif isinstance(value, list):
+            for item in value:
+                print(f"{key}: {item}")
+        else:
+            print(f"{key}: {human_bytes(value) if 'bytes' in key and isinstance(value, int) else _text(value)}")
+
+
+def print_diff(report: DiffReport, num_tensors: int) -> None:
+    """Classes, then the most different tensors."""
+    for line in report.differences:
+        print(f"difference: {line}")
+    print()
+
+
+def operator_rows() -> list[dict[str, Any]]:
+    """The operator table as JSON values."""
+    return [
+        {
+            "operator": operator.name,
+            "summary": operator.summary,
+            "scope": operator.scope,
+            "base": operator.base,
+            "models": [operator.min_models, operator.max_models],
+            "options": {option.name: _option_row(option) for option in operator.options.values()},
+        }
+        for operator in OPERATORS.values()
+    ]
+
+
+def _option_row(option: Option) -> dict[str, Any]:
+    row: dict[str, Any] = {"kind": option.kind, "default": option.default, "per_model": option.per_model}
+    if option.interval is not None:
+        row["interval"] = str(option.interval)
+    if option.choices:
+        row["choices"] = list(option.choices)
+    return row
+
+
+def print_operators() -> None:
+    """One block for each operator: what it does, then its options."""
+    for operator in OPERATORS.values():
+        base = {"required": "needs a base", "optional": "takes a base", "none": "no base"}[operator.base]
+        print(f"{operator.name}: {operator.summary} ({base}; statistics over one {operator.scope})")
+        for option in operator.options.values():
+            allowed = str(option.interval) if option.interval else " | ".join(option.choices) or "true | false"
+            per_model = ", for each model" if option.per_model else ""
+            print(f"    {option.name} = {option.default}  {allowed}{per_model}")

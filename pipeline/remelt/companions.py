@@ -1,0 +1,48 @@
+"""What goes with the weights: config, tokenizer, templates, licence, from the checkpoint that gives the layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from remelt.dtypes import DTYPES
+
+_NAMES = {
+    "added_tokens.json",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+}
+_PATTERNS = ("*.jinja", "tokenizer*", "*.tiktoken", "LICENSE*", "NOTICE*")
+_MAX_BYTES = 200_000_000
+
+
+def companion_files(root: Path) -> list[tuple[str, Path]]:
+    """Files to copy beside the weights, by name; never Python code, never weights."""
+    names = {path.name for pattern in _PATTERNS for path in root.glob(pattern)} | _NAMES
+    return [
+        (name, root / name)
+        for name in sorted(names)
+        if (root / name).is_file()
+        and not name.endswith((".py", ".safetensors", ".bin"))
+        and (root / name).stat().st_size <= _MAX_BYTES
+    ]
+
+
+def output_config(config: Mapping[str, Any], dtype: str | None) -> bytes:
+    """config.json for the output: the layout's own, with the output's dtype under whichever key it uses."""
+    document = dict(config)
+    if dtype is not None and "quantization_config" not in document:
+        keys = [key for key in ("dtype", "torch_dtype") if key in document] or ["dtype"]
+        document.update(dict.fromkeys(keys, DTYPES[dtype].torch_name))
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

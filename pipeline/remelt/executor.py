@@ -1,0 +1,100 @@
+"""Executors run a plan's units; all of them write the same bytes.
+
+An executor is told which units are still to do and where their shards and receipts go, and calls back as each receipt
+is on disk. What a unit is, and how it is worked, is not its business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+from remelt.memory import default_memory_bytes
+from remelt.plan import MergePlan, Unit, UnitReceipt
+from remelt.planner import Budget, plan_sizes
+from remelt.receipts import write_receipt
+from remelt.sinks import ShardSink
+from remelt.unit_runner import OnBytes, UnitRun, open_readers
+
+OnReceipt = Callable[[UnitReceipt], None]
+
+
+class Executor(Protocol):
+    """Runs units somewhere."""
+
+    def budget(self) -> Budget:
+        """What one of its processes may use; the plan is made for it."""
+        ...
+
+    def run(
+        self,
+        plan: MergePlan,
+        units: Sequence[Unit],
+        work_dirs: Sequence[Path],
+        on_bytes: OnBytes,
+        on_receipt: OnReceipt,
+    ) -> None:
+        """Work the units; `work_dirs` has one directory for each coefficient set, with `shards` and `receipts` in it.
+
+        Raises the first failure that retries cannot mend; receipts written so far stay.
+        """
+        ...
+
+
+class LocalExecutor:
+    """Threads in this process, one unit after another."""
+
+    def __init__(self, *, threads: int | None = None, memory_bytes: int | None = None, device: str = "cpu") -> None:
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._memory_bytes = memory_bytes
+        self._device = device
+
+    def budget(self) -> Budget:
+        return Budget(
+            memory_bytes=self._memory_bytes or default_memory_bytes(), threads=self._threads, device=self._device
+        )
+
+    def run(
+        self,
+        plan: MergePlan,
+        units: Sequence[Unit],
+        work_dirs: Sequence[Path],
+        on_bytes: OnBytes,
+        on_receipt: OnReceipt,
+    ) -> None:
+        sizes = plan_sizes(plan)
+        with ExitStack() as stack:
+            readers = open_readers(plan.settings)
+            for reader in readers:
+                stack.enter_context(reader)
+            # Syncing one unit's shards to the disk overlaps with the next unit's work.
+            finisher = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="remelt-sync"))
+            pending: Future[UnitReceipt] | None = None
+            for unit in units:
+                run = UnitRun(unit, plan.settings, sizes, readers, shard_sinks(unit, work_dirs), on_bytes)
+                try:
+                    run.work()
+                finally:
+                    if pending is not None:
+                        on_receipt(pending.result())
+                        pending = None
+                pending = finisher.submit(finish_unit, run, work_dirs)
+            if pending is not None:
+                on_receipt(pending.result())
+
+
+def shard_sinks(unit: Unit, work_dirs: Sequence[Path]) -> list[ShardSink]:
+    """A shard file for each coefficient set, under its work directory."""
+    return [ShardSink(directory / "shards", unit.file, unit.tensors) for directory in work_dirs]
+
+
+def finish_unit(run: UnitRun, work_dirs: Sequence[Path]) -> UnitReceipt:
+    """Make a worked unit durable: shards first, then the receipt in each work directory."""
+    receipt = run.finish()
+    for directory in work_dirs:
+        write_receipt(directory, receipt)
+    return receipt

@@ -1,0 +1,117 @@
+"""Merge from end to end: open, plan, run what is left to do, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from remelt.checkpoint import CheckpointIndex
+from remelt.commit import MergedCheckpoint, OutputRun, find_finished, units_to_do
+from remelt.errors import RecipeError
+from remelt.executor import Executor, LocalExecutor
+from remelt.fingerprints import check_unchanged
+from remelt.formats import open_checkpoint
+from remelt.plan import MergePlan, UnitReceipt
+from remelt.planner import build_plan
+from remelt.recipe import Recipe
+
+
+class Progress(Protocol):
+    """Told of a merge as it goes, from any thread."""
+
+    def start(self, plan: MergePlan, total_bytes: int, num_units_done: int) -> None:
+        """The plan is made; `total_bytes` are still to be read and written."""
+        ...
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more bytes were read or written."""
+        ...
+
+    def finish_unit(self, receipt: UnitReceipt) -> None:
+        """A unit is on disk."""
+        ...
+
+
+class _Silent:
+    def start(self, plan: MergePlan, total_bytes: int, num_units_done: int) -> None:
+        pass
+
+    def advance(self, num_bytes: int) -> None:
+        pass
+
+    def finish_unit(self, receipt: UnitReceipt) -> None:
+        pass
+
+
+def open_checkpoints(recipe: Recipe) -> tuple[CheckpointIndex, ...]:
+    """Open every checkpoint of a recipe, from its metadata; equal sources are opened once."""
+    opened: dict[str, CheckpointIndex] = {}
+    for checkpoint in recipe.checkpoints:
+        if checkpoint.source not in opened:
+            opened[checkpoint.source] = open_checkpoint(checkpoint.source)
+    return tuple(opened[checkpoint.source] for checkpoint in recipe.checkpoints)
+
+
+def merge_recipe(
+    recipe: Recipe,
+    output: Path,
+    *,
+    executor: Executor | None = None,
+    memory_bytes: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> MergedCheckpoint:
+    """Merge a bound recipe into `output`: resumes what an earlier run left, and reads nothing where it is finished.
+
+    Raises:
+        RecipeError, CheckpointError, MismatchError, BudgetError, OutputError: before any tensor data is read.
+        NonFiniteError, OperatorError, ExecutionError: from the merge; receipts written so far stay for a resume.
+    """
+    executor = executor or LocalExecutor(threads=threads, memory_bytes=memory_bytes)
+    indexes = open_checkpoints(recipe)
+    plan = build_plan(recipe, indexes, executor.budget())
+    (merged,) = run_plan(plan, indexes, [output], executor, progress=progress, force=force)
+    return merged
+
+
+def run_plan(
+    plan: MergePlan,
+    indexes: Sequence[CheckpointIndex],
+    outputs: Sequence[Path],
+    executor: Executor,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> list[MergedCheckpoint]:
+    """Run a plan into one output directory for each coefficient set, and publish them."""
+    progress = progress or _Silent()
+    finished = [None if force else find_finished(plan, output, number) for number, output in enumerate(outputs)]
+    if all(finished):
+        return [merged for merged in finished if merged is not None]
+    if plan.warnings:
+        raise RecipeError("this plan cannot be merged: " + "; ".join(plan.warnings))
+    started = time.perf_counter()
+    runs = [OutputRun(plan, output, number) for number, output in enumerate(outputs)]
+    try:
+        done = [run.begin(force=force) for run in runs]
+        todo = units_to_do(plan, done)
+        total = sum(unit.read_bytes + unit.write_bytes * plan.settings.num_sets for unit in todo)
+        progress.start(plan, total, len(plan.units) - len(todo))
+        receipts = {unit_id: receipt for each in done for unit_id, receipt in each.items()}
+
+        def keep(receipt: UnitReceipt) -> None:
+            receipts[receipt.unit_id] = receipt
+            progress.finish_unit(receipt)
+
+        executor.run(plan, todo, [run.work_dir for run in runs], progress.advance, keep)
+        for index in indexes:
+            check_unchanged(index)
+        ordered = [receipts[unit.unit_id] for unit in plan.units]
+        layout = indexes[plan.layout_model]
+        return [run.commit(ordered, layout, time.perf_counter() - started) for run in runs]
+    finally:
+        for run in runs:
+            run.release()

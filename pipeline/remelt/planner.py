@@ -1,0 +1,409 @@
+"""Plan a merge from a bound recipe and the parents' headers: pure, opens nothing.
+
+Every input tensor ends up merged, copied, or dropped by an explicit rule, and every output tensor is planned once; what
+does not fit is refused here, in seconds, before any tensor data is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from remelt.agreement import Parents, agreed_sources, target_names
+from remelt.checkpoint import RAW, CheckpointIndex, Piece, TensorInfo
+from remelt.dtypes import DTYPES, tensor_bytes
+from remelt.errors import RecipeError
+from remelt.kernels.footprint import num_rounds
+from remelt.layout import Storable, cut_shards, order_in_shard, shard_names
+from remelt.memory import Sizes, default_memory_bytes, held_bytes, project
+from remelt.numerics import numerics_tag
+from remelt.operators import OPERATORS
+from remelt.plan import (
+    MergePlan,
+    PlannedTensor,
+    RunSettings,
+    StoredTensor,
+    Unit,
+    canonical_json,
+    exact,
+    model_files,
+    sha256_hex,
+)
+from remelt.recipe import Recipe
+from remelt.resolve import resolve
+from remelt.tensor_classes import classify
+from remelt.treatment import Apply, Copy, Drop, Treatment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What one process may use. None takes the machine's: half of its memory, all of its cores."""
+
+    memory_bytes: int | None = None
+    threads: int = 1
+    num_workers: int = 1
+    """Processes that share the machine; divides the default memory."""
+    device: str = "cpu"
+
+
+class _Draft:
+    """A tensor of the output before it has a place."""
+
+    __slots__ = ("dtype", "home", "name", "shape", "sources", "treatments")
+
+    def __init__(
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        treatments: tuple[Treatment, ...],
+        sources: tuple[tuple[int, TensorInfo], ...],
+        home: int,
+    ) -> None:
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self.treatments, self.sources, self.home = treatments, sources, home
+
+
+def build_plan(
+    recipe: Recipe | Sequence[Recipe], indexes: Sequence[CheckpointIndex], budget: Budget | None = None
+) -> MergePlan:
+    """Plan the merge of `indexes` (one for each of the recipe's checkpoints, in their order).
+
+    Several bound recipes that differ in numbers alone make one plan with as many coefficient sets: the parents are
+    read once for all of them.
+
+    Raises:
+        RecipeError: a recipe is not bound, or the recipes differ in more than numbers.
+        MismatchError: parents disagree in names, shapes, dtypes or vocabulary.
+        BudgetError: the memory allowance is too small.
+    """
+    budget = budget or Budget()
+    recipes = (recipe,) if isinstance(recipe, Recipe) else tuple(recipe)
+    _check_recipes(recipes, indexes)
+    first = recipes[0]
+    parents = Parents(first, tuple(indexes))
+    targets = target_names(parents)
+    columns = [resolve(each, targets.names, num_hidden_layers=parents.num_hidden_layers) for each in recipes]
+    drafts, dropped, notes, warnings = _draft_tensors(parents, targets.names, list(zip(*columns, strict=True)))
+    notes = [*first.notes, *parents.notes, *targets.notes, *notes]
+    by_class = _operators_by_class(drafts, parents.num_hidden_layers, len(recipes))
+
+    groups = _place(drafts, first)
+    allowed = budget.memory_bytes or default_memory_bytes(budget.num_workers)
+    sizes, projection = project(
+        [tensor for group in groups for tensor in group],
+        num_records=max(len(group) for group in groups) * (len(indexes) + len(recipes)),
+        threads=budget.threads,
+        num_sets=len(recipes),
+        allowed_bytes=allowed,
+    )
+    numerics = numerics_tag(budget.device)
+    fingerprints = [[file.fingerprint for file in index.files] for index in indexes]
+    units = tuple(
+        _make_unit(number, file, group, fingerprints, numerics, first.seed, sizes)
+        for number, (file, group) in enumerate(zip(shard_names(len(groups)), groups, strict=True))
+    )
+    settings = RunSettings(
+        models=tuple(
+            model_files(index, checkpoint.stream) for index, checkpoint in zip(indexes, first.checkpoints, strict=True)
+        ),
+        seed=first.seed,
+        numerics=numerics,
+        device=budget.device,
+        threads=budget.threads,
+        memory_bytes=allowed,
+        allow_nonfinite=first.allow_nonfinite,
+        num_sets=len(recipes),
+    )
+    return MergePlan(
+        run_id=sha256_hex(canonical_json([unit.unit_id for unit in units])),
+        candidate_ids=tuple(
+            _candidate_id(drafts, number, fingerprints, numerics, first.seed) for number in range(len(recipes))
+        ),
+        recipes=tuple(each.canonical() for each in recipes),
+        settings=settings,
+        phases=(units,),
+        layout_model=first.layout,
+        projection=projection,
+        dropped=tuple(dropped),
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+        operators_by_class=by_class,
+        output_dtype=_majority_dtype((draft.dtype, draft.shape) for draft in drafts),
+    )
+
+
+def plan_sizes(plan: MergePlan, units: Iterable[Unit] | None = None) -> Sizes:
+    """Buffer sizes for running a plan's units in one process; the same numbers that the projection was made of."""
+    chosen = plan.units if units is None else tuple(units)
+    sizes, _ = project(
+        [tensor for unit in chosen for tensor in unit.tensors],
+        num_records=max((len(unit.tensors) for unit in chosen), default=0)
+        * (len(plan.settings.models) + plan.settings.num_sets),
+        threads=plan.settings.threads,
+        num_sets=plan.settings.num_sets,
+        allowed_bytes=plan.settings.memory_bytes,
+    )
+    return sizes
+
+
+def _check_recipes(recipes: Sequence[Recipe], indexes: Sequence[CheckpointIndex]) -> None:
+    first = recipes[0]
+    for recipe in recipes:
+        if not recipe.is_bound:
+            names = ", ".join(variable.name for variable in recipe.variables)
+            raise RecipeError(f"the recipe has ranges to search ({names}); a merge needs a number for each: bind it")
+        if (recipe.checkpoints, recipe.base, recipe.seed) != (first.checkpoints, first.base, first.seed):
+            raise RecipeError("coefficient sets of one plan must share checkpoints, base and seed")
+    if len(indexes) != len(first.checkpoints):
+        raise RecipeError(f"the recipe names {len(first.checkpoints)} checkpoints, {len(indexes)} were opened")
+
+
+def _draft_tensors(
+    parents: Parents, names: Sequence[str], rows: Sequence[tuple[Treatment, ...]]
+) -> tuple[list[_Draft], list[str], list[str], list[str]]:
+    """One draft for each stored tensor of the output, in the base's storage order, with what to tell the user."""
+    drafts: list[_Draft] = []
+    dropped: list[str] = []
+    notes: list[str] = []
+    scaled: list[str] = []
+    integers: list[str] = []
+    kept_wide: list[str] = []
+    for name, row in zip(names, rows, strict=True):
+        treatments = parents.with_fallbacks(name, row)
+        first = treatments[0]
+        if isinstance(first, Drop):
+            dropped.append(name)
+            continue
+        layout_info = parents.layout_info(name, first)
+        if isinstance(first, Apply) and layout_info.codec == RAW and not DTYPES[layout_info.dtype].is_floating:
+            integers.append(name)
+            first = Copy(parents.layout)
+            treatments = (first,) * len(row)
+        if len({type(treatment) for treatment in treatments}) > 1 or (
+            isinstance(first, Copy) and len(set(treatments)) > 1
+        ):
+            raise RecipeError(
+                f"coefficient sets of one plan disagree on {name}: a copy in one, something else in another"
+            )
+        sources = agreed_sources(parents, name, treatments)
+        home = layout_info.pieces[0].file
+        if isinstance(first, Copy):
+            drafts.extend(_copy_drafts(name, treatments, first.model, sources[0][1], home))
+            continue
+        if not all(info.is_mergeable for _, info in sources):
+            scaled.append(name)
+            drafts.append(_Draft(name, layout_info.dtype, layout_info.shape, treatments, sources, home))
+            continue
+        dtype, is_kept_wide = parents.output_dtype(layout_info.dtype)
+        if is_kept_wide:
+            kept_wide.append(name)
+        drafts.append(_Draft(name, dtype, layout_info.shape, treatments, sources, home))
+    if integers:
+        notes.append(f"{len(integers)} integer tensors are copied from the base, such as {integers[0]}")
+    if kept_wide:
+        notes.append(
+            f"{len(kept_wide)} tensors stay in float32 as the base keeps them, such as {kept_wide[0]}; "
+            "`dtype: all` casts them too"
+        )
+    warnings = []
+    if scaled:
+        warnings.append(
+            f"{len(scaled)} tensors are fp8 with block scales, such as {scaled[0]}: arithmetic on them is not "
+            "supported yet and a merge of this plan is refused; copy them by a rule, "
+            "or dequantise the parents to bfloat16 first"
+        )
+    return drafts, dropped, notes, warnings
+
+
+def _copy_drafts(
+    name: str, treatments: tuple[Treatment, ...], place: int, info: TensorInfo, home: int
+) -> Iterable[_Draft]:
+    """A copied tensor, or the parts of a copied pair, each a raw copy of its own bytes."""
+    for piece in info.pieces:
+        raw = TensorInfo(piece.dtype, piece.shape, RAW, (Piece(*piece[:5]),))
+        yield _Draft(piece.part or name, piece.dtype, piece.shape, treatments, ((place, raw),), home)
+
+
+def _place(drafts: Sequence[_Draft], recipe: Recipe) -> list[list[PlannedTensor]]:
+    """Cut the drafts into shards and give each tensor its offset."""
+    storables = [
+        Storable(draft.name, draft.dtype, draft.shape, tensor_bytes(draft.dtype, draft.shape), draft.home)
+        for draft in drafts
+    ]
+    shards = cut_shards(
+        storables, max_shard_bytes=recipe.max_shard_bytes, keep_base_files=recipe.shard_layout == "base"
+    )
+    groups = []
+    for shard in shards:
+        group, offset = [], 0
+        for place in order_in_shard(shard, storables):
+            draft, nbytes = drafts[place], storables[place].nbytes
+            stored = StoredTensor(draft.name, draft.dtype, draft.shape, offset, nbytes)
+            group.append(PlannedTensor(draft.name, draft.shape, draft.treatments, draft.sources, stored))
+            offset += nbytes
+        groups.append(group)
+    if not groups:
+        raise RecipeError("the recipe's rules drop every tensor; nothing is left to write")
+    return groups
+
+
+def _make_unit(
+    number: int,
+    file: str,
+    group: Sequence[PlannedTensor],
+    fingerprints: Sequence[Sequence[str]],
+    numerics: str,
+    seed: int,
+    sizes: Sizes,
+) -> Unit:
+    table: dict[Treatment, int] = {}
+    tensors = [
+        [
+            tensor.name,
+            tensor.stored.dtype,
+            tensor.shape,
+            [table.setdefault(treatment, len(table)) for treatment in tensor.treatments],
+        ]
+        for tensor in group
+    ]
+    identity = {
+        "file": file,
+        "tensors": tensors,
+        "treatments": [treatment_identity(treatment) for treatment in table],
+        "sources": _sources_identity(group, fingerprints),
+        "numerics": numerics,
+        "seed": seed if any(_is_random(treatment) for treatment in table) else None,
+    }
+    return Unit(
+        sha256_hex(canonical_json(identity)),
+        number,
+        file,
+        tuple(group),
+        sum(tensor.read_bytes * _passes(tensor, sizes) for tensor in group),
+        sum(tensor.write_bytes for tensor in group),
+    )
+
+
+def treatment_identity(treatment: Treatment) -> list[object]:
+    """What of a treatment enters ids: everything that decides bytes, floats spelled exactly."""
+    if isinstance(treatment, Apply):
+        version = OPERATORS[treatment.operator].version
+        return ["apply", version, *(exact(part) for part in treatment)]
+    assert isinstance(treatment, Copy)
+    return ["copy", treatment.model]
+
+
+def _sources_identity(tensors: Iterable[PlannedTensor], fingerprints: Sequence[Sequence[str]]) -> list[list[object]]:
+    files: set[tuple[int, str]] = set()
+    for tensor in tensors:
+        for place, info in tensor.sources:
+            for piece in info.pieces:
+                files.add((place, fingerprints[place][piece.file]))
+    return [[place, fingerprint] for place, fingerprint in sorted(files)]
+
+
+def _candidate_id(
+    drafts: Sequence[_Draft], number: int, fingerprints: Sequence[Sequence[str]], numerics: str, seed: int
+) -> str:
+    table: dict[Treatment, int] = {}
+    tensors = [
+        [draft.name, draft.dtype, draft.shape, table.setdefault(draft.treatments[number], len(table))]
+        for draft in drafts
+    ]
+    tensors.sort()
+    numbering = {place: order for order, place in enumerate(dict.fromkeys(row[3] for row in tensors))}
+    for row in tensors:
+        row[3] = numbering[row[3]]
+    treatments = sorted((numbering[place], treatment_identity(treatment)) for treatment, place in table.items())
+    identity = {
+        "tensors": tensors,
+        "treatments": [treatment for _, treatment in treatments],
+        "sources": [sorted(files) for files in fingerprints],
+        "numerics": numerics,
+        "seed": seed if any(_is_random(treatment) for treatment in table) else None,
+    }
+    return sha256_hex(canonical_json(identity))
+
+
+def _is_random(treatment: Treatment) -> bool:
+    return isinstance(treatment, Apply) and OPERATORS[treatment.operator].is_random
+
+
+def _passes(tensor: PlannedTensor, sizes: Sizes) -> int:
+    """How often a tensor's sources are read: once, unless the arena cannot keep them between rounds."""
+    if held_bytes(tensor) <= sizes.arena_bytes:
+        return 1
+    return 1 + max(num_rounds(treatment) for treatment in tensor.treatments if isinstance(treatment, Apply))
+
+
+def _operators_by_class(
+    drafts: Iterable[_Draft], num_hidden_layers: int | None, num_sets: int
+) -> tuple[tuple[str, str, int, int], ...]:
+    tensors: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for draft in drafts:
+        treatment = draft.treatments[0]
+        operator = treatment.operator if isinstance(treatment, Apply) else "copy"
+        key = (classify(draft.name, num_hidden_layers).kind, operator)
+        tensors[key] += 1
+        sizes[key] += tensor_bytes(draft.dtype, draft.shape) * num_sets
+    return tuple((*key, tensors[key], sizes[key]) for key in sorted(tensors))
+
+
+def _majority_dtype(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> str | None:
+    sizes: Counter[str] = Counter()
+    for dtype, shape in tensors:
+        if DTYPES[dtype].is_mergeable:
+            sizes[dtype] += tensor_bytes(dtype, shape) * 8 // DTYPES[dtype].item_bits
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def plan_summary(plan: MergePlan, *, full: bool = False) -> Mapping[str, object]:
+    """The plan as JSON values: `remelt plan --json`; with `full`, the units and their tensors as well."""
+    summary: dict[str, object] = {
+        "run_id": plan.run_id,
+        "candidate_ids": list(plan.candidate_ids),
+        "numerics": plan.settings.numerics,
+        "num_tensors": sum(len(unit.tensors) for unit in plan.units),
+        "num_units": len(plan.units),
+        "num_phases": len(plan.phases),
+        "coefficient_sets": plan.settings.num_sets,
+        "bytes_read": plan.read_bytes,
+        "bytes_written": plan.write_bytes,
+        "operators_by_class": [
+            {"class": kind, "operator": operator, "tensors": tensors, "bytes": size}
+            for kind, operator, tensors, size in plan.operators_by_class
+        ],
+        "memory": {
+            "projected_bytes": plan.projection.total_bytes,
+            "allowed_bytes": plan.projection.allowed_bytes,
+            "terms": dict(plan.projection.terms),
+        },
+        "checkpoints": [model.source for model in plan.settings.models],
+        "dropped": len(plan.dropped),
+        "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
+    }
+    if full:
+        summary["dropped_tensors"] = list(plan.dropped)
+        summary["units"] = [
+            {
+                "unit_id": unit.unit_id,
+                "file": unit.file,
+                "bytes_read": unit.read_bytes,
+                "bytes_written": unit.write_bytes,
+                "tensors": [
+                    {
+                        "name": tensor.name,
+                        "dtype": tensor.stored.dtype,
+                        "shape": list(tensor.shape),
+                        "treatment": tensor.treatments[0]._asdict() | {"kind": type(tensor.treatments[0]).__name__},
+                    }
+                    for tensor in unit.tensors
+                ],
+            }
+            for unit in plan.units
+        ]
+    return summary

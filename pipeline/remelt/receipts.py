@@ -1,0 +1,67 @@
+"""Receipts: what proves that a unit is done, one small file for each, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from remelt.errors import CheckpointError
+from remelt.formats.safetensors_header import parse_header, read_head
+from remelt.plan import OutputRecord, Unit, UnitReceipt
+from remelt.sinks import sync_directory
+
+SHARDS, RECEIPTS = "shards", "receipts"
+
+
+def write_file_durably(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all: temporary name, sync, rename, sync the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_directory(path.parent)
+
+
+def receipt_path(work_dir: Path, unit_id: str) -> Path:
+    return work_dir / RECEIPTS / f"{unit_id}.json"
+
+
+def write_receipt(work_dir: Path, receipt: UnitReceipt) -> None:
+    """Put a unit's receipt beside its shards, after they are durable."""
+    write_file_durably(receipt_path(work_dir, receipt.unit_id), receipt.to_json().encode())
+
+
+def find_receipt(work_dir: Path, output: Path, unit: Unit, set_number: int) -> UnitReceipt | None:
+    """The unit's receipt, if it can be trusted: the id matches, and the shard has the right size and header.
+
+    The shard is looked for among the work and, since a commit may have been cut off, in the output itself.
+    """
+    path = receipt_path(work_dir, unit.unit_id)
+    try:
+        receipt = UnitReceipt.from_json(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    if receipt.unit_id != unit.unit_id or set_number >= len(receipt.outputs):
+        return None
+    record = receipt.outputs[set_number]
+    shard = find_shard(work_dir, output, record)
+    if shard is None or [t.name for t in record.tensors] != [tensor.stored.name for tensor in unit.tensors]:
+        return None
+    try:
+        found = parse_header(read_head(shard), shard, 0, {})
+    except CheckpointError:
+        return None
+    planned = {tensor.stored.name: (tensor.stored.dtype, tensor.stored.shape) for tensor in unit.tensors}
+    if {name: (info.dtype, info.shape) for name, info in found.items()} != planned:
+        return None
+    return receipt
+
+
+def find_shard(work_dir: Path, output: Path, record: OutputRecord) -> Path | None:
+    """Where a shard lies: among the work, or moved into place already; None if neither has its size."""
+    for path in (work_dir / SHARDS / record.file, output / record.file):
+        if path.is_file() and path.stat().st_size == record.nbytes:
+            return path
+    return None

@@ -1,0 +1,120 @@
+"""Where merged tensors go: the sink protocol, and the one that writes safetensors shards.
+
+A sink takes the rows of each tensor in order, tensors in the order of their unit. Shard files are one kind; a resident
+model's parameters are another. Digests are taken while the bytes pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remelt.fingerprints import TensorDigest
+from remelt.layout import header_bytes
+from remelt.plan import OutputRecord, PlannedTensor, StoredTensor, TensorRecord
+
+WRITEBACK_BYTES = 32 * 1024 * 1024
+"""Dirty bytes after which the kernel is asked to start writing, so that the final sync finds little to do."""
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+class Sink(Protocol):
+    """What a unit's output of one coefficient set is handed to."""
+
+    def write(self, stored: StoredTensor, start_byte: int, bits: NDArray[np.uint8], num_nonfinite: int) -> None:
+        """Take bytes [start_byte, start_byte + len(bits)) of a tensor; called in order, from one thread at a time."""
+        ...
+
+    def finish(self) -> OutputRecord:
+        """Make the output durable and say what it is."""
+        ...
+
+    def abort(self) -> None:
+        """Forget what was written."""
+        ...
+
+
+def _start_writeback(fd: int, offset: int, length: int) -> None:
+    if _libc is not None:
+        _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class ShardSink:
+    """Writes one safetensors shard: a temporary file, synced, then renamed to its name in `directory`."""
+
+    def __init__(self, directory: Path, file: str, tensors: Sequence[PlannedTensor]) -> None:
+        self._path = directory / file
+        self._temporary = directory / f".{file}.{os.getpid()}.tmp"
+        header = header_bytes(tensor.stored for tensor in tensors)
+        self._data_start = len(header)
+        self._end = len(header)
+        self._written_back = 0
+        self._sha256 = hashlib.sha256(header)
+        self._records: list[TensorRecord] = []
+        self._digest: TensorDigest | None = None
+        self._num_nonfinite = 0
+        self._total_bytes = len(header) + sum(tensor.stored.nbytes for tensor in tensors)
+        self._fd = os.open(self._temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+        try:
+            os.posix_fallocate(self._fd, 0, self._total_bytes)
+            os.pwrite(self._fd, header, 0)
+        except OSError:
+            self.abort()
+            raise
+
+    def write(self, stored: StoredTensor, start_byte: int, bits: NDArray[np.uint8], num_nonfinite: int) -> None:
+        position = self._data_start + stored.offset + start_byte
+        assert position == self._end, f"{stored.name}: written at {position}, the shard ends at {self._end}"
+        if self._digest is None:
+            self._digest = TensorDigest(stored.dtype, stored.shape)
+        data = bits.data
+        self._digest.update(data)
+        self._sha256.update(data)
+        self._num_nonfinite += num_nonfinite
+        while data:
+            count = os.pwrite(self._fd, data, self._end)
+            self._end += count
+            data = data[count:]
+        if start_byte + bits.nbytes == stored.nbytes:
+            self._records.append(
+                TensorRecord(stored.name, stored.dtype, stored.shape, self._digest.hexdigest(), self._num_nonfinite)
+            )
+            self._digest, self._num_nonfinite = None, 0
+        if self._end - self._written_back >= WRITEBACK_BYTES:
+            _start_writeback(self._fd, self._written_back, self._end - self._written_back)
+            self._written_back = self._end
+
+    def finish(self) -> OutputRecord:
+        assert self._end == self._total_bytes, f"{self._path.name}: {self._end} of {self._total_bytes} bytes written"
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        self._temporary.rename(self._path)
+        sync_directory(self._path.parent)
+        return OutputRecord(self._path.name, self._total_bytes, self._sha256.hexdigest(), tuple(self._records))
+
+    def abort(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._temporary.unlink(missing_ok=True)
