@@ -67,8 +67,8 @@ class SampleScore:
     target: str
     response: str
     """What the model said; the choice it preferred; empty for rolling likelihoods."""
-    loglik: tuple[float, ...]
-    """Log-likelihoods in nats of the item's requests (one for each choice); empty for generation."""
+    loglik: tuple[float | None, ...]
+    """Log-likelihoods in nats of the requests (one for each choice), None for minus infinity; empty for generation."""
     doc_json: str
     arguments_json: str
 

@@ -92,8 +92,8 @@ def _failure(error: Exception, log: list[str]) -> str:
     failed = sorted(set(re.findall(r"on tensors destined for (\S+?)\.? Ckpt contains", "\n".join(log))))
     if failed:
         return (
-            f"{_count(failed).rsplit(' ', 1)[0]} cannot be put together from the checkpoint's tensors, of which some are missing or of "
-            f"another shape than their fellows: {_listed(failed)}"
+            "tensors of the model that cannot be put together, since some of their parts are missing or of another "
+            f"shape than their fellows: {_listed(failed)}"
         )
     return f"transformers cannot load it: {' '.join(str(error).split())[:500]}"
 

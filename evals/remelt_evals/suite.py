@@ -85,6 +85,10 @@ class Suite:
                 f"suite {self.name} has no {role} items for {', '.join(lacking)}: "
                 f"add '{role}: <lm-eval task>' to them in {self.path}, or ask for one of: {', '.join(self.roles)}"
             )
+        return self.present_names(role)
+
+    def present_names(self, role: Role) -> tuple[str, ...]:
+        """The lm-eval tasks that serve a role, whether or not every line of the suite has one."""
         return tuple(dict.fromkeys(name for task in self.tasks if (name := task.task_name(role))))
 
 
@@ -111,8 +115,8 @@ def load_suite(path: str | Path) -> Suite:
     _check_consistent(path, tasks, allow_overlap)
     task_files: Mapping[str, TaskFile] = {}
     if section.has("tasks_dir"):
-        names = sorted({name for task in tasks for role in ROLES if (name := task.task_name(role))})
-        task_files = find_task_files(path.parent / section.text("tasks_dir"), names, root=path.parent)
+        served = sorted({each for task in tasks for role in ROLES if (each := task.task_name(role))})
+        task_files = find_task_files(path.parent / section.text("tasks_dir"), served, root=path.parent)
     content = {
         "name": name,
         "tasks": [asdict(task) for task in tasks],
@@ -162,18 +166,18 @@ def _check_consistent(path: Path, tasks: tuple[SuiteTask, ...], allow_overlap: b
     for role in ROLES:
         settings: dict[str, SuiteTask] = {}
         for task in tasks:
-            name = task.task_name(role)
-            if name is None:
+            served = task.task_name(role)
+            if served is None:
                 continue
-            first = settings.setdefault(name, task)
+            first = settings.setdefault(served, task)
             if (first.num_fewshot, first.limit) != (task.num_fewshot, task.limit):
                 raise EvaluationError(
-                    f"{path}: lm-eval task {name} is listed for {first.ability} and {task.ability} with different "
+                    f"{path}: lm-eval task {served} is listed for {first.ability} and {task.ability} with different "
                     "num_fewshot or limit: give both the same"
                 )
-            other = roles.setdefault(name, role)
+            other = roles.setdefault(served, role)
             if other != role and not allow_overlap:
                 raise EvaluationError(
-                    f"{path}: lm-eval task {name} serves {other} and {role}, so a number would be reported on items "
+                    f"{path}: lm-eval task {served} serves {other} and {role}, so a number would be reported on items "
                     "that were optimised: name different tasks, or say 'allow_overlap: true'"
                 )
