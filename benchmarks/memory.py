@@ -1,4 +1,4 @@
-"""Peak memory of `remelt merge --memory 1GB` above an idle `import torch`, for every operator, with 4 and 12 checkpoints.
+"""Peak memory of `remelt merge --memory 1GB` above an idle `import torch`, for every operator.
 
     python benchmarks/memory.py
 
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     head = ("method", "checkpoints", "peak, MB", "above idle, MB", "projected, MB", "at most 1.1 GB")
     intro = (
-        f"`remelt merge --memory {options.memory}` on checkpoints of a {shape.num_layers}-layer Llama shape in bfloat16."
+        f"`remelt merge --memory {options.memory}` on {shape.num_layers}-layer Llama checkpoints in bfloat16."
         f" An idle process that has imported torch peaks at {megabytes(idle_bytes)} MB here. slerp and nuslerp take two"
         " checkpoints."
     )

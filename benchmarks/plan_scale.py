@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, recipe_of in RECIPES.items():
                 recipe = scratch / f"{recipe_of.__name__}-{dtype}.yaml"
                 recipe.write_text(recipe_of(folders), "utf-8")
-                command = [remelt_command(), "plan", recipe]
+                command: list[str | Path] = [remelt_command(), "plan", recipe]
                 runs: list[Measured] = []
                 for _ in range(options.runs):
                     runs.append(run_measured(command, cores=[core], environment={"OMP_NUM_THREADS": "1"}).check())
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 records.append({"recipe": name, "dtype": dtype, "seconds": seconds, "peak_bytes": peak_bytes})
                 print(runs[-1].output)
     intro = (
-        f"`remelt plan RECIPE` on one core (CPU affinity), {options.count} DeepSeek-V3-shaped checkpoints of 160 shards,"
+        f"`remelt plan RECIPE` on one core (by affinity), {options.count} DeepSeek-V3-shaped checkpoints in 160 shards,"
         f" whole process, median of {options.runs} runs (smallest to largest); the first run of each set of checkpoints"
         " comes right after they were written, so headers are in the page cache. fp8 checkpoints hold a scale for every"
         " weight and are 689 GB each; bf16 ones are 1,369 GB."
