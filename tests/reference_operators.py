@@ -24,7 +24,9 @@ from numpy.typing import ArrayLike, NDArray
 Array: TypeAlias = NDArray[np.float64]
 Bits: TypeAlias = Sequence[NDArray[np.uint32]]
 PerModel: TypeAlias = float | Sequence[float]
-Rescale: TypeAlias = bool | Literal["l1"]
+Rescale: TypeAlias = Literal["keep", "l1", "none"]
+Elect: TypeAlias = Literal["weighted", "unweighted"]
+Granularity: TypeAlias = Literal["tensor", "row"]
 
 SLERP_DOT_THRESHOLD = 0.9995  # |cos| above this interpolates linearly (an angle of 1.8 degrees)
 SLERP_NORM_FLOOR = 1e-8  # a tensor of this norm or less is not normalised before the dot product
@@ -54,28 +56,17 @@ def as_rows(values: Array) -> Array:
     return values.reshape(1, -1) if values.ndim < 2 else values.reshape(-1, values.shape[-1])
 
 
-def keep_mask_largest(delta_N: Array, density: float) -> NDArray[np.bool_]:
-    """Mark the k = max(1, floor(density * n)) largest magnitudes: exactly k, ties to the lowest flat index."""
-    flat_N = np.abs(delta_N).reshape(-1)
-    n = flat_N.size
-    mask_N = np.zeros(n, np.bool_)
-    if n and density > 0:
-        k = min(n, max(1, int(density * n)))
-        mask_N[np.argsort(-flat_N, kind="stable")[:k]] = True
-    return mask_N.reshape(delta_N.shape)
-
-
 def keep_mask_middle(delta_N: Array, density: float, gamma: float) -> NDArray[np.bool_]:
-    """Mark the floor(density * n) largest magnitudes after the floor(gamma * n) largest have been dropped.
+    """Mark the max(1, floor(density * n)) largest magnitudes after the floor(gamma * n) largest have been dropped.
 
     Fewer of the largest are dropped where the tensor has not enough elements to keep its density. At density 1 or more
-    nothing is dropped at all, whatever gamma.
+    nothing is dropped at all, whatever gamma. Exactly so many are marked; of equal ones the lowest flat indexes.
     """
     flat_N = np.abs(delta_N).reshape(-1)
     n = flat_N.size
     if density >= 1:
         return np.ones(delta_N.shape, np.bool_)
-    num_keep, num_top = int(density * n), int(gamma * n)
+    num_keep, num_top = min(n, max(1, int(density * n))), int(gamma * n)
     num_bottom = n - num_keep - num_top
     if num_bottom < 0:
         num_top += num_bottom
@@ -111,11 +102,11 @@ def rescaled(
 ) -> Array:
     """Apply a mask, then make up for what it took away.
 
-    True divides every kept element by its own keep probability (the papers' form, unbiased); "l1" multiplies the tensor
-    by the ratio of the L1 norms before and after (mergekit's form), unless one of them is at `norm_floor` or below.
+    "keep" divides every kept element by its own keep probability (the papers' form, unbiased); "l1" multiplies the
+    tensor by the ratio of the L1 norms before and after (mergekit's form), unless one of them is below `norm_floor`.
     """
     masked_N: Array = np.where(mask_N, delta_N, 0.0)
-    if rescale is True:
+    if rescale == "keep":
         return as_float64(masked_N / p_N)
     if rescale == "l1":
         before, after = float(np.abs(delta_N).sum()), float(np.abs(masked_N).sum())
@@ -128,7 +119,7 @@ def elect_and_merge(
     deltas_KN: Sequence[Array],
     weights_K: Sequence[float],
     *,
-    elect: Literal["none", "weighted", "unweighted"],
+    elect: Elect | Literal["none"],
     normalize: bool,
 ) -> Array:
     """Sum w * delta, over the entries with the elected sign where there is an election.
@@ -187,12 +178,11 @@ def task_arithmetic(
 def slerp(
     base: ArrayLike | None, tensors_K: Sequence[ArrayLike], coefficients_K: Sequence[float] = (), *, t: float = 0.5
 ) -> Array:
-    """Spherical interpolation of two whole tensors from t = 0 (the base, or the first) to t = 1.
+    """Spherical interpolation of two whole tensors from t = 0 (the first) to t = 1. The base is ignored.
 
     The angle is that of the unit vectors; the combination is of the raw ones.
     """
-    ends = ([] if base is None else [base]) + list(tensors_K)
-    v0, v1 = (as_float64(end) for end in ends)
+    v0, v1 = (as_float64(tensor) for tensor in tensors_K)
     norms = [float(np.linalg.norm(v.reshape(-1))) for v in (v0, v1)]
     u0, u1 = (v / norm if norm > SLERP_NORM_FLOOR else v for v, norm in zip((v0, v1), norms, strict=True))
     dot = float(np.clip((u0 * u1).sum(), -1, 1))
@@ -212,22 +202,44 @@ def nuslerp(
 ) -> Array:
     """Spherical interpolation at t = w1 / (w0 + w1), of task vectors where there is a base.
 
-    Whole tensors, or (`nuslerp_flatten` false) each vector along the last dimension, or (`nuslerp_row_wise`) each
-    vector along the first. Linear only where the two are all but parallel.
+    Whole tensors, or (`nuslerp_flatten` false) each row, or (`nuslerp_row_wise`) each column of the matrix of rows.
+    Linear only where the two are all but parallel.
     """
     w0, w1 = coefficients_K
     t = 0.5 if abs(w0 + w1) < NUSLERP_SUM_FLOOR else w1 / (w0 + w1)
-    base_N = 0.0 if base is None else as_float64(base)
-    v0, v1 = (as_float64(tensor) - base_N for tensor in tensors_K)
-    axis: int | None = None if nuslerp_flatten or v0.ndim < 2 else 0 if nuslerp_row_wise else -1
+    shape = as_float64(tensors_K[0]).shape
+    base_RC = np.zeros_like(as_rows(as_float64(tensors_K[0]))) if base is None else as_rows(as_float64(base))
+    v0, v1 = (as_rows(as_float64(tensor)) - base_RC for tensor in tensors_K)
+    axis: int | None = None if nuslerp_flatten or len(v0) == 1 else 0 if nuslerp_row_wise else 1
     norm0, norm1 = (np.sqrt((v * v).sum(axis=axis, keepdims=True)) for v in (v0, v1))
     product = norm0 * norm1
     cos = np.where(product > 0, (v0 * v1).sum(axis=axis, keepdims=True) / np.where(product > 0, product, 1), 0.0)
     cos = np.clip(cos, -1, 1)
     is_parallel = 1 - cos * cos <= NUSLERP_SIN_FLOOR**2
-    omega = np.arccos(np.where(is_parallel, 0.0, cos))
+    omega = np.where(is_parallel, 1.0, np.arccos(np.where(is_parallel, 0.0, cos)))
     spherical = (np.sin((1 - t) * omega) * v0 + np.sin(t * omega) * v1) / np.sin(omega)
-    return as_float64(base_N + np.where(is_parallel, (1 - t) * v0 + t * v1, spherical))
+    return as_float64(base_RC + np.where(is_parallel, (1 - t) * v0 + t * v1, spherical)).reshape(shape)
+
+
+def _thinned(
+    deltas_KN: list[Array],
+    *,
+    density: PerModel,
+    gamma: PerModel,
+    granularity: Granularity,
+    rescale: Rescale,
+    norm_floor: float,
+) -> list[Array]:
+    """Drop the largest and the smallest of each task vector, or of each of its rows."""
+    densities_K, gammas_K = per_model(density, len(deltas_KN)), per_model(gamma, len(deltas_KN))
+    out_KN = []
+    for delta_N, p, g in zip(deltas_KN, densities_K, gammas_K, strict=True):
+        if granularity == "row":
+            mask_N = np.stack([keep_mask_middle(row_C, p, g) for row_C in as_rows(delta_N)]).reshape(delta_N.shape)
+        else:
+            mask_N = keep_mask_middle(delta_N, p, g)
+        out_KN.append(rescaled(delta_N, mask_N, 1.0, rescale, norm_floor))
+    return out_KN
 
 
 def ties(
@@ -237,14 +249,18 @@ def ties(
     *,
     density: PerModel = 1.0,
     normalize: bool = True,
+    rescale: Rescale = "none",
     lambda_: float = 1.0,
-    elect: Literal["weighted", "unweighted"] = "weighted",
+    elect: Elect = "weighted",
+    granularity: Granularity = "tensor",
+    norm_floor: float = 0.0,
 ) -> Array:
     """Keep the largest of each task vector, elect a sign for each element, average what agrees."""
     base_N, deltas_KN = task_vectors(base, tensors_K)
-    densities_K = per_model(density, len(tensors_K))
-    trimmed_KN = [np.where(keep_mask_largest(d_N, k), d_N, 0.0) for d_N, k in zip(deltas_KN, densities_K, strict=True)]
-    return base_N + lambda_ * elect_and_merge(trimmed_KN, coefficients_K, elect=elect, normalize=normalize)
+    kept_KN = _thinned(
+        deltas_KN, density=density, gamma=0.0, granularity=granularity, rescale=rescale, norm_floor=norm_floor
+    )
+    return base_N + lambda_ * elect_and_merge(kept_KN, coefficients_K, elect=elect, normalize=normalize)
 
 
 def _dropped(
@@ -267,7 +283,7 @@ def dare_linear(
     bits_K: Bits,
     density: PerModel = 1.0,
     normalize: bool = False,
-    rescale: Rescale = True,
+    rescale: Rescale = "keep",
     lambda_: float = 1.0,
     norm_floor: float = 0.0,
 ) -> Array:
@@ -285,15 +301,21 @@ def dare_ties(
     bits_K: Bits,
     density: PerModel = 1.0,
     normalize: bool = False,
-    rescale: Rescale = True,
+    rescale: Rescale = "keep",
     lambda_: float = 1.0,
-    elect: Literal["weighted", "unweighted"] = "weighted",
+    elect: Elect = "weighted",
     norm_floor: float = 0.0,
 ) -> Array:
     """Drop elements of each task vector at random, rescale the rest, sum what has the elected sign."""
     base_N, deltas_KN = task_vectors(base, tensors_K)
     kept_KN = _dropped(deltas_KN, bits_K, density=density, rescale=rescale, norm_floor=norm_floor)
     return base_N + lambda_ * elect_and_merge(kept_KN, coefficients_K, elect=elect, normalize=normalize)
+
+
+def half_widths(epsilon: PerModel, window: PerModel, num_models: int) -> list[float]:
+    """DELLA's half width: half of `window` (the paper's full width) where that is above 0, else `epsilon`."""
+    pairs = zip(per_model(epsilon, num_models), per_model(window, num_models), strict=True)
+    return [full / 2 if full > 0 else half for half, full in pairs]
 
 
 def _pruned(
@@ -325,15 +347,23 @@ def della(
     bits_K: Bits,
     density: PerModel = 1.0,
     epsilon: PerModel = 0.15,
+    window: PerModel = 0.0,
     normalize: bool = True,
-    rescale: Rescale = True,
+    rescale: Rescale = "keep",
     lambda_: float = 1.0,
-    elect: Literal["weighted", "unweighted"] = "weighted",
+    elect: Elect = "weighted",
     norm_floor: float = 0.0,
 ) -> Array:
     """Drop by magnitude rank in the row, rescale by each element's own keep probability, elect, average what agrees."""
     base_N, deltas_KN = task_vectors(base, tensors_K)
-    kept_KN = _pruned(deltas_KN, bits_K, density=density, epsilon=epsilon, rescale=rescale, norm_floor=norm_floor)
+    kept_KN = _pruned(
+        deltas_KN,
+        bits_K,
+        density=density,
+        epsilon=half_widths(epsilon, window, len(deltas_KN)),
+        rescale=rescale,
+        norm_floor=norm_floor,
+    )
     return base_N + lambda_ * elect_and_merge(kept_KN, coefficients_K, elect=elect, normalize=normalize)
 
 
@@ -345,31 +375,23 @@ def della_linear(
     bits_K: Bits,
     density: PerModel = 1.0,
     epsilon: PerModel = 0.15,
+    window: PerModel = 0.0,
     normalize: bool = False,
-    rescale: Rescale = True,
+    rescale: Rescale = "keep",
     lambda_: float = 1.0,
     norm_floor: float = 0.0,
 ) -> Array:
     """Drop by magnitude rank in the row, rescale by each element's own keep probability, sum."""
     base_N, deltas_KN = task_vectors(base, tensors_K)
-    kept_KN = _pruned(deltas_KN, bits_K, density=density, epsilon=epsilon, rescale=rescale, norm_floor=norm_floor)
+    kept_KN = _pruned(
+        deltas_KN,
+        bits_K,
+        density=density,
+        epsilon=half_widths(epsilon, window, len(deltas_KN)),
+        rescale=rescale,
+        norm_floor=norm_floor,
+    )
     return base_N + lambda_ * elect_and_merge(kept_KN, coefficients_K, elect="none", normalize=normalize)
-
-
-def _without_outliers(
-    deltas_KN: list[Array], density: PerModel, gamma: PerModel, granularity: Literal["tensor", "row"]
-) -> list[Array]:
-    """Drop the largest and the smallest of each task vector (of each of its rows)."""
-    densities_K, gammas_K = per_model(density, len(deltas_KN)), per_model(gamma, len(deltas_KN))
-    out_KN = []
-    for delta_N, p, g in zip(deltas_KN, densities_K, gammas_K, strict=True):
-        if granularity == "row":
-            rows_RC = as_rows(delta_N)
-            mask_N = np.stack([keep_mask_middle(row_C, p, g) for row_C in rows_RC]).reshape(delta_N.shape)
-        else:
-            mask_N = keep_mask_middle(delta_N, p, g)
-        out_KN.append(np.where(mask_N, delta_N, 0.0))
-    return out_KN
 
 
 def breadcrumbs(
@@ -380,12 +402,16 @@ def breadcrumbs(
     density: PerModel = 1.0,
     gamma: PerModel = 0.01,
     normalize: bool = False,
+    rescale: Rescale = "none",
     lambda_: float = 1.0,
-    granularity: Literal["tensor", "row"] = "tensor",
+    granularity: Granularity = "tensor",
+    norm_floor: float = 0.0,
 ) -> Array:
     """Drop outliers and the smallest of each task vector, sum."""
     base_N, deltas_KN = task_vectors(base, tensors_K)
-    kept_KN = _without_outliers(deltas_KN, density, gamma, granularity)
+    kept_KN = _thinned(
+        deltas_KN, density=density, gamma=gamma, granularity=granularity, rescale=rescale, norm_floor=norm_floor
+    )
     return base_N + lambda_ * elect_and_merge(kept_KN, coefficients_K, elect="none", normalize=normalize)
 
 
@@ -397,13 +423,17 @@ def breadcrumbs_ties(
     density: PerModel = 1.0,
     gamma: PerModel = 0.01,
     normalize: bool = False,
+    rescale: Rescale = "none",
     lambda_: float = 1.0,
-    granularity: Literal["tensor", "row"] = "tensor",
-    elect: Literal["weighted", "unweighted"] = "weighted",
+    elect: Elect = "weighted",
+    granularity: Granularity = "tensor",
+    norm_floor: float = 0.0,
 ) -> Array:
     """Drop outliers and the smallest of each task vector, sum what has the elected sign."""
     base_N, deltas_KN = task_vectors(base, tensors_K)
-    kept_KN = _without_outliers(deltas_KN, density, gamma, granularity)
+    kept_KN = _thinned(
+        deltas_KN, density=density, gamma=gamma, granularity=granularity, rescale=rescale, norm_floor=norm_floor
+    )
     return base_N + lambda_ * elect_and_merge(kept_KN, coefficients_K, elect=elect, normalize=normalize)
 
 
@@ -430,14 +460,14 @@ def model_stock(
     tensors_K: Sequence[ArrayLike],
     coefficients_K: Sequence[float] = (),
     *,
+    filter_wise: bool = False,
     clamp: bool = False,
-    granularity: Literal["tensor", "row"] = "tensor",
     norm_floor: float = 0.0,
 ) -> Array:
-    """t * mean of the checkpoints + (1 - t) * base, with t from the mean pairwise cosine c of the task vectors."""
+    """t * mean of the checkpoints + (1 - t) * base, t from the mean pairwise cosine of task vectors (or rows)."""
     base_N, deltas_KN = task_vectors(base, tensors_K)
     mean_N = np.mean([as_float64(x) for x in tensors_K], axis=0)
-    if granularity == "tensor":
+    if not filter_wise:
         c = mean_pairwise_cosine([delta_N.reshape(-1) for delta_N in deltas_KN], norm_floor)
         t: Array | float = model_stock_t(c, len(tensors_K), clamp)
     else:
@@ -448,9 +478,7 @@ def model_stock(
     return as_float64(t * mean_N + (1 - t) * base_N)
 
 
-def difference_norm(
-    first: ArrayLike, other: ArrayLike, normaliser: Literal["absolute", "rms", "relative"] = "rms"
-) -> float:
+def difference_norm(first: ArrayLike, other: ArrayLike, normaliser: Literal["abs", "rms", "relative"] = "rms") -> float:
     """How far two tensors lie apart: the norm of the difference, per root element, or per norm of the first."""
     first_N = as_float64(first).reshape(-1)
     norm = float(np.linalg.norm(first_N - as_float64(other).reshape(-1)))
@@ -468,12 +496,13 @@ def assembly_of_experts(
     coefficients_K: Sequence[float],
     *,
     threshold: float = 0.0,
-    normaliser: Literal["absolute", "rms", "relative"] = "rms",
+    normaliser: Literal["abs", "rms", "relative"] = "rms",
+    normalize: bool = True,
 ) -> Array:
-    """Sum of w * checkpoint where some checkpoint differs from the first by more than the threshold; else the first."""
+    """As linear where some checkpoint differs from the first by more than the threshold; else the first."""
     largest = max(difference_norm(tensors_K[0], other, normaliser) for other in tensors_K)
     if largest > threshold:
-        return linear(None, tensors_K, coefficients_K, normalize=False)
+        return linear(None, tensors_K, coefficients_K, normalize=normalize)
     return as_float64(tensors_K[0])
 
 
