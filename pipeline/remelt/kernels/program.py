@@ -51,8 +51,8 @@ def geometry_of(name: str, shape: tuple[int, ...]) -> Geometry:
 class Block(NamedTuple):
     """Whole leaves of one tensor, of all its sources, as stored bits.
 
-    Each array is one-dimensional and contiguous: uint16 for BF16 and F16, float32 for F32, float64 for F64. Its length is
-    a whole number of rows; only the tensor's last block may end in a shorter leaf.
+    Each array is one-dimensional and contiguous: uint16 for BF16 and F16, float32 for F32, float64 for F64. Its length
+    is a whole number of rows; only the tensor's last block may end in a shorter leaf.
     """
 
     first_leaf: int

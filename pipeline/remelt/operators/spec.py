@@ -26,6 +26,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 PerModel: TypeAlias = "float | tuple[float, ...]"
@@ -91,6 +92,10 @@ class Operator:
     summary: str
     option_check: Callable[[Mapping[str, OptionValue]], str | None] | None = None
     coefficient_check: Callable[[Sequence[float], Mapping[str, OptionValue]], str | None] | None = None
+
+    def keyword(self, option: str) -> str:
+        """The function's own name for an option: with a trailing underscore where the key is a word of Python."""
+        return f"{option}_" if iskeyword(option) else option
 
     def check_options(self, options: Mapping[str, OptionValue]) -> str | None:
         """A sentence on what is wrong between options (each one's own interval is checked elsewhere), or None."""

@@ -1,0 +1,377 @@
+"""CPU programs of operators that thin task vectors: by draws, by magnitude over the tensor, or by rank in the row."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remelt.draws import draw_keys
+from remelt.kernels import elements, rows, select
+from remelt.kernels.combine import ELECT_UNWEIGHTED, ELECT_WEIGHTED, SUM
+from remelt.kernels.cpu_sources import Sources, address_of
+from remelt.kernels.cpu_weighted import add_leaves
+from remelt.kernels.program import Block
+from remelt.operators.quantities import (
+    draw_threshold,
+    folded,
+    kept_range,
+    l1_factor,
+    rank_probabilities,
+    thresholds_of,
+)
+
+CANDIDATE_LIMIT = 1 << 22
+"""Members of a threshold's bin that are gathered at most (8 MiB); more are counted in further rounds instead."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is done with the thinned task vectors."""
+
+    coefficients_K: tuple[float, ...]
+    elect: str | None
+    """weighted, unweighted, or None for a plain sum."""
+    normalize: bool
+    lambda_: float
+    rescale: str
+    norm_floor: float
+
+    @property
+    def code(self) -> int:
+        return {None: SUM, "weighted": ELECT_WEIGHTED, "unweighted": ELECT_UNWEIGHTED}[self.elect]
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """As the kernels take them: without an election, lambda and the divisor are folded in."""
+        if self.elect is None:
+            return np.array(folded(self.coefficients_K, self.lambda_, self.normalize), np.float32)
+        return np.array(self.coefficients_K, np.float32)
+
+
+def keys_of(sources: Sources, seed: int, streams_K: Sequence[int]) -> NDArray[np.uint32]:
+    """Keys of the draws, (K, spans of 2^32 elements, 2)."""
+    name, spans = sources.geometry.name, max(1, -(-sources.geometry.num_elements // (1 << 32)))
+    keys = [[draw_keys(seed, stream, name, high) for high in range(spans)] for stream in streams_K]
+    return np.array(keys, np.uint32)
+
+
+class Thinned:
+    """The rounds that all have in common: selection first, then the L1 norms where those are to be restored."""
+
+    selection_rounds = 0
+
+    def __init__(self, sources: Sources, merge: Merge, is_thinned_K: Sequence[bool]) -> None:
+        self._sources, self._merge = sources, merge
+        self._is_thinned = np.array(is_thinned_K, np.bool_)
+        self._scales = np.ones(sources.num_models, np.float32)
+        self._weights = merge.weights
+        self._has_norms = merge.rescale == "l1" and any(is_thinned_K)
+        self._norms = np.zeros((sources.geometry.num_leaves if self._has_norms else 0, 2 * sources.num_models))
+        self.num_rounds = self.selection_rounds + self._has_norms
+
+    def measure(self, round_: int, block: Block, worker: int) -> None:
+        if round_ < self.selection_rounds:
+            self._select(round_, block, worker)
+            return
+        norms = self._norms[block.first_leaf : block.first_leaf + self._sources.num_leaves(block)]
+        self._run(block, 0, norms)
+
+    def finish_round(self, round_: int) -> None:
+        if round_ < self.selection_rounds:
+            self._finish_selection(round_)
+            return
+        norms = add_leaves(self._norms)
+        for model in range(self._sources.num_models):
+            if self._is_thinned[model]:
+                self._scales[model] = l1_factor(norms[2 * model], norms[2 * model + 1], self._merge.norm_floor)
+
+    def apply(self, block: Block, out: NDArray[np.generic], worker: int) -> None:
+        self._run(block, address_of(out), np.zeros((0, 2 * self._sources.num_models)))
+
+    def _select(self, round_: int, block: Block, worker: int) -> None:
+        raise NotImplementedError
+
+    def _finish_selection(self, round_: int) -> None:
+        raise NotImplementedError
+
+    def _run(self, block: Block, out_address: int, norms: NDArray[np.float64]) -> None:
+        raise NotImplementedError
+
+
+class Elementwise(Thinned):
+    """By draws, or by bands of magnitude: the kernel `thin_elements`."""
+
+    has_draws = False
+
+    def __init__(self, sources: Sources, merge: Merge, is_thinned_K: Sequence[bool]) -> None:
+        super().__init__(sources, merge, is_thinned_K)
+        leaves = 0 if self.has_draws else sources.geometry.num_leaves
+        self._keys = np.zeros((sources.num_models, 1, 2), np.uint32)
+        self._thresholds = np.zeros(sources.num_models, np.uint32)
+        self._bands = np.empty((leaves, sources.num_models, 2), np.uint32)
+        self._bands[..., 0], self._bands[..., 1] = 0, select.NEVER
+        self._ties = np.full((leaves, sources.num_models, 2), -1, np.int64)
+
+    def _run(self, block: Block, out_address: int, norms: NDArray[np.float64]) -> None:
+        sources, merge = self._sources, self._merge
+        leaves = slice(block.first_leaf, block.first_leaf + sources.num_leaves(block))
+        elements.thin_elements(
+            sources.addresses(block),
+            sources.kinds,
+            self._is_thinned,
+            self.has_draws,
+            self._keys,
+            self._thresholds,
+            self._bands[leaves],
+            self._ties[leaves],
+            self._scales,
+            sources.leaf_elements,
+            block.first_row * sources.geometry.row_length,
+            sources.num_elements(block),
+            self._weights,
+            merge.code,
+            merge.normalize,
+            np.float32(merge.lambda_),
+            out_address,
+            sources.out_kind,
+            norms,
+        )
+
+
+class Drawn(Elementwise):
+    """DARE: every element of a model is kept with one probability."""
+
+    has_draws = True
+
+    def __init__(
+        self, sources: Sources, merge: Merge, density_K: Sequence[float], seed: int, streams_K: Sequence[int]
+    ) -> None:
+        thresholds = [draw_threshold(density) for density in density_K]
+        super().__init__(sources, merge, [threshold is not None for threshold in thresholds])
+        self._keys = keys_of(sources, seed, streams_K)
+        self._thresholds = np.array([threshold or 0 for threshold in thresholds], np.uint32)
+        if merge.rescale == "keep":
+            self._scales = np.array([1 / min(1.0, density) for density in density_K]).astype(np.float32)
+
+
+class Cut(NamedTuple):
+    """One end of what is kept of one model: the `rank` largest magnitudes lie above it."""
+
+    model: int
+    end: int
+    """0 for the lower end of the band, 1 for the upper."""
+    rank: int
+
+
+class Banded(Elementwise):
+    """TIES and Breadcrumbs by tensor: magnitudes of descending rank in a range, found by exact selection."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        merge: Merge,
+        density_K: Sequence[float],
+        gamma_K: Sequence[float],
+        *,
+        candidate_limit: int = CANDIDATE_LIMIT,
+    ) -> None:
+        n = sources.geometry.num_elements
+        ranges = [kept_range(n, *pair) if n else (0, 0) for pair in zip(density_K, gamma_K, strict=True)]
+        self._cuts = [
+            Cut(model, end, rank)
+            for model, (start, stop) in enumerate(ranges)
+            for end, rank in ((0, stop), (1, start))
+            if 0 < rank < n
+        ]
+        self.selection_rounds = 3 if self._cuts else 0
+        super().__init__(sources, merge, [(start, stop) != (0, n) for start, stop in ranges])
+        self._models = np.array([cut.model for cut in self._cuts], np.int64)
+        self._rest = np.array([cut.rank for cut in self._cuts], np.int64)
+        """Of each cut's bin, then of its threshold, so many count as above it."""
+        self._limit = min(candidate_limit, n // 16)
+        self._is_gathering = True
+        self._lock = threading.Lock()
+        self._upper: list[NDArray[np.uint32] | None] = [None] * sources.num_workers
+        self._lower: list[NDArray[np.uint64] | None] = [None] * sources.num_workers
+        self._totals = np.zeros((sources.num_models, select.UPPER_BINS), np.int64)
+        self._gathered: dict[int, tuple[list[NDArray[np.uint16]], NDArray[np.int64]]] = {}
+        self._bins = np.zeros(len(self._cuts), np.uint32)
+        self._sizes = np.zeros(len(self._cuts), np.int64)
+        self._limits = np.zeros(len(self._cuts), np.uint32)
+        self._leaf_ties = np.zeros((sources.geometry.num_leaves, len(self._cuts)), np.int64)
+
+    def _select(self, round_: int, block: Block, worker: int) -> None:
+        sources = self._sources
+        addresses, kinds, count = sources.addresses(block), sources.kinds, sources.num_elements(block)
+        if round_ == 0:
+            self._count_upper(addresses, count, worker)
+        elif round_ == 1 and self._is_gathering:
+            self._gather(block, addresses, count)
+        elif round_ == 1:
+            if self._lower[worker] is None:
+                self._lower[worker] = np.zeros((len(self._cuts), select.LOWER_BINS), np.uint64)
+            select.count_lower(addresses, kinds, self._models, self._bins, count, self._lower[worker])
+        elif not self._is_gathering:
+            ties = self._leaf_ties[block.first_leaf : block.first_leaf + sources.num_leaves(block)]
+            select.count_ties(addresses, kinds, self._models, self._limits, sources.leaf_elements, count, ties)
+
+    def _count_upper(self, addresses: NDArray[np.uint64], count: int, worker: int) -> None:
+        table = self._upper[worker]
+        if table is None:
+            shape = (self._sources.num_models, select.UPPER_BINS * select.TABLES)
+            table = self._upper[worker] = np.zeros(shape, np.uint32)
+        select.count_upper(addresses, self._sources.kinds, self._is_thinned, count, table)
+        if self._sources.geometry.num_elements >= 1 << 32:  # a counter could overflow
+            self._take_in(worker)
+
+    def _take_in(self, worker: int) -> None:
+        """Add a worker's counters to the totals and clear them."""
+        table = self._upper[worker]
+        if table is not None:
+            with self._lock:
+                self._totals += table.reshape(len(table), select.UPPER_BINS, select.TABLES).sum(2, dtype=np.int64)
+            table[:] = 0
+
+    def _gather(self, block: Block, addresses: NDArray[np.uint64], count: int) -> None:
+        capacities = np.minimum(self._sizes, count)
+        offsets = np.cumsum(capacities) - capacities
+        found = np.empty(int(capacities.sum()), np.uint16)
+        leaf_counts = np.zeros((len(self._cuts), self._sources.num_leaves(block)), np.int64)
+        select.gather_lower(
+            addresses,
+            self._sources.kinds,
+            self._models,
+            self._bins,
+            self._sources.leaf_elements,
+            count,
+            found,
+            offsets,
+            leaf_counts,
+        )
+        used = leaf_counts.sum(1)
+        pieces = [found[start : start + num].copy() for start, num in zip(offsets, used, strict=True)]
+        self._gathered[block.first_leaf] = (pieces, leaf_counts)
+
+    def _finish_selection(self, round_: int) -> None:
+        if round_ == 0:
+            for worker in range(self._sources.num_workers):
+                self._take_in(worker)
+            self._upper.clear()
+            for place, cut in enumerate(self._cuts):
+                self._descend(place, self._totals[cut.model], self._bins)
+                self._sizes[place] = self._totals[cut.model, self._bins[place]]
+            self._is_gathering = int(self._sizes.max()) <= self._limit
+            if self._is_gathering and not self._has_norms:
+                self.num_rounds = 2
+        elif round_ == 1:
+            lower = np.zeros(len(self._cuts), np.uint32)
+            histograms = None if self._is_gathering else sum(table for table in self._lower if table is not None)
+            self._lower.clear()
+            order = sorted(self._gathered)
+            for place in range(len(self._cuts)):
+                if histograms is not None:
+                    self._descend(place, histograms[place].astype(np.int64), lower)
+                    continue
+                members = np.concatenate([self._gathered[first][0][place] for first in order])
+                self._descend(place, np.bincount(members, minlength=select.LOWER_BINS), lower)
+                ends = np.cumsum(np.concatenate([self._gathered[first][1][place] for first in order]))
+                ties_before = np.concatenate([[0], np.cumsum(members == lower[place])])[ends]
+                self._leaf_ties[:, place] = np.diff(ties_before, prepend=0)
+            self._limits = (self._bins << np.uint32(16)) | lower
+            self._gathered.clear()
+            if self._is_gathering:
+                self._set_bands()
+        elif not self._is_gathering:
+            self._set_bands()
+
+    def _descend(self, place: int, histogram: NDArray[np.int64], found: NDArray[np.uint32]) -> None:
+        """Find the bin of a cut's rank, counted from the largest, and what is left of the rank inside it."""
+        from_top = np.cumsum(histogram[::-1])
+        place_from_top = int(np.searchsorted(from_top, self._rest[place], side="left"))
+        found[place] = len(histogram) - 1 - place_from_top
+        self._rest[place] -= from_top[place_from_top] - histogram[found[place]]
+
+    def _set_bands(self) -> None:
+        """What each leaf keeps: its ties in full, not at all, or, in the one leaf where they run out, in part."""
+        for place, cut in enumerate(self._cuts):
+            ties = self._leaf_ties[:, place]
+            left = self._rest[place] - (np.cumsum(ties) - ties)
+            self._bands[:, cut.model, cut.end] = self._limits[place] + (left <= 0)
+            self._ties[:, cut.model, cut.end] = np.where((left > 0) & (left < ties), left, -1)
+
+
+class Ranked(Thinned):
+    """DELLA, and TIES and Breadcrumbs by row: the kernel `thin_rows`."""
+
+    def __init__(self, sources: Sources, merge: Merge, is_thinned_K: Sequence[bool]) -> None:
+        super().__init__(sources, merge, is_thinned_K)
+        self._has_draws = False
+        self._keys = np.zeros((sources.num_models, 1, 2), np.uint32)
+        self._thresholds = np.zeros((sources.num_models, 0), np.uint32)
+        self._factors = np.zeros((sources.num_models, 0), np.float32)
+        self._ranges = np.zeros((sources.num_models, 2), np.int64)
+
+    @classmethod
+    def by_draws(
+        cls,
+        sources: Sources,
+        merge: Merge,
+        density_K: Sequence[float],
+        half_width_K: Sequence[float],
+        seed: int,
+        streams_K: Sequence[int],
+    ) -> Ranked:
+        """DELLA: keep probabilities that rise with the rank."""
+        program = cls(sources, merge, [density < 1 for density in density_K])
+        program._has_draws = True
+        program._keys = keys_of(sources, seed, streams_K)
+        shape = (sources.num_models, sources.geometry.row_length)
+        program._thresholds, program._factors = np.zeros(shape, np.uint32), np.ones(shape, np.float32)
+        for model, pair in enumerate(zip(density_K, half_width_K, strict=True)):
+            if program._is_thinned[model]:
+                probabilities = rank_probabilities(shape[1], *pair)
+                program._thresholds[model] = thresholds_of(probabilities)
+                if merge.rescale == "keep":
+                    program._factors[model] = (1.0 / probabilities).astype(np.float32)
+        return program
+
+    @classmethod
+    def by_rank(cls, sources: Sources, merge: Merge, density_K: Sequence[float], gamma_K: Sequence[float]) -> Ranked:
+        """TIES and Breadcrumbs by row."""
+        length = sources.geometry.row_length
+        ranges = [kept_range(length, *pair) if length else (0, 0) for pair in zip(density_K, gamma_K, strict=True)]
+        program = cls(sources, merge, [pair != (0, length) for pair in ranges])
+        program._ranges = np.array(ranges, np.int64)
+        return program
+
+    def _run(self, block: Block, out_address: int, norms: NDArray[np.float64]) -> None:
+        sources, merge = self._sources, self._merge
+        if block.num_rows == 0 or sources.geometry.row_length == 0:
+            return
+        rows.thin_rows(
+            sources.addresses(block),
+            sources.kinds,
+            self._is_thinned,
+            self._has_draws,
+            self._keys,
+            self._thresholds,
+            self._factors,
+            self._ranges,
+            self._scales,
+            sources.geometry.row_length,
+            sources.geometry.leaf_rows,
+            block.first_row,
+            block.num_rows,
+            self._weights,
+            merge.code,
+            merge.normalize,
+            np.float32(merge.lambda_),
+            out_address,
+            sources.out_kind,
+            norms,
+        )

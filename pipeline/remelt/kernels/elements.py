@@ -1,0 +1,85 @@
+"""The kernel of operators that thin task vectors element by element: TIES and Breadcrumbs by tensor, and DARE."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from remelt.kernels.codec import CHUNK, decode
+from remelt.kernels.combine import add_magnitudes, write_merged
+from remelt.kernels.compile import compiled
+from remelt.kernels.masks import drop_chunk
+from remelt.kernels.select import keep_band
+from remelt.kernels.weighted import LANES, read_chunk
+
+
+@compiled
+def thin_elements(  # type: ignore[no-untyped-def]
+    addresses,
+    kinds,
+    is_thinned,
+    has_draws,
+    keys,
+    thresholds,
+    bands,
+    ties,
+    scales,
+    leaf_elements,
+    first_element,
+    count,
+    weights,
+    elect,
+    normalize,
+    lambda_,
+    out_address,
+    out_kind,
+    norms,
+):
+    """Thin every element of a block and merge; or, where `norms` (leaves, 2 K) has rows, sum magnitudes before and after.
+
+    `addresses[0]` is the base. Per model: `is_thinned`; `keys` (K, spans, 2) and `thresholds` for draws; `bands` and
+    `ties` (leaves of the block, K, 2) for selection by magnitude (see `keep_band`); `scales`, a common factor.
+    """
+    num_models = len(addresses) - 1
+    base = np.empty(CHUNK, np.float32)
+    kept = np.empty((num_models, CHUNK), np.float32)
+    scratch = np.empty((3, CHUNK), np.float32)
+    lanes = np.zeros((2 * num_models, LANES), np.float64)
+    left = np.empty((num_models, 2), np.int64)
+    num_leaves = (count + leaf_elements - 1) // leaf_elements
+    for leaf in range(num_leaves):
+        lanes[:] = 0.0
+        if not has_draws:
+            left[:] = ties[leaf]
+        stop = min(count, (leaf + 1) * leaf_elements)
+        for start in range(leaf * leaf_elements, stop, CHUNK):
+            size = min(CHUNK, stop - start)
+            decode(addresses[0], kinds[0], start, size, base)
+            for i in range(num_models):
+                values = kept[i]
+                read_chunk(addresses[i + 1], kinds[i + 1], base, True, start, size, values)
+                if len(norms):
+                    add_magnitudes(values, size, lanes[2 * i])
+                scale = np.float32(1.0) if len(norms) else scales[i]
+                if not is_thinned[i]:
+                    pass
+                elif has_draws:
+                    drop_chunk(values, size, keys[i], first_element + start, thresholds[i], scale)
+                else:
+                    left[i, 0], left[i, 1] = keep_band(
+                        values, size, bands[leaf, i, 0], bands[leaf, i, 1], left[i, 0], left[i, 1]
+                    )
+                if len(norms):
+                    add_magnitudes(values, size, lanes[2 * i + 1])
+                elif scale != np.float32(1.0) and not (has_draws and is_thinned[i]):
+                    for j in range(size):
+                        values[j] = values[j] * scale
+            if len(norms) == 0:
+                write_merged(
+                    base, kept, 0, size, weights, elect, normalize, lambda_, scratch, out_address, out_kind, start
+                )
+        if len(norms):
+            for i in range(2 * num_models):
+                total = 0.0
+                for lane in range(LANES):
+                    total += lanes[i, lane]
+                norms[leaf, i] = total

@@ -1,0 +1,76 @@
+"""Kernels that draw bits and drop: the counter-based generator of `remelt.draws`, and DARE's mask."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from remelt.draws import MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, MIX_SHIFT_1, MIX_SHIFT_2, MIX_SHIFT_3
+from remelt.kernels.compile import compiled
+
+M1, M2 = np.uint32(MIX_MULTIPLIER_1), np.uint32(MIX_MULTIPLIER_2)
+S1, S2, S3 = np.uint32(MIX_SHIFT_1), np.uint32(MIX_SHIFT_2), np.uint32(MIX_SHIFT_3)
+SPAN = 1 << 32
+"""Flat indexes that share one pair of keys."""
+
+
+@compiled
+def mix(x):  # type: ignore[no-untyped-def]
+    """The 32-bit finaliser of `remelt.draws`."""
+    x = np.uint32(np.uint32(x ^ np.uint32(x >> S1)) * M1)
+    x = np.uint32(np.uint32(x ^ np.uint32(x >> S2)) * M2)
+    return np.uint32(x ^ np.uint32(x >> S3))
+
+
+@compiled
+def draw(low, k0, k1):  # type: ignore[no-untyped-def]
+    """32 bits for the element whose index has these lower 32 bits, under a pair of keys."""
+    return mix(np.uint32(mix(np.uint32(low ^ k0)) + k1))
+
+
+@compiled
+def draw_run(keys, first, size, out):  # type: ignore[no-untyped-def]
+    """Bits of flat indexes [first, first + size) of one model; `keys` is (spans of 2^32, 2)."""
+    done = 0
+    while done < size:
+        index = first + done
+        low = index & (SPAN - 1)
+        num = min(size - done, SPAN - low)
+        k0, k1 = keys[index >> 32, 0], keys[index >> 32, 1]
+        piece = out[done : done + num]
+        for j in range(num):
+            piece[j] = draw(np.uint32(low + j), k0, k1)
+        done += num
+
+
+@compiled
+def drop_chunk(values, size, keys, first, threshold, factor):  # type: ignore[no-untyped-def]
+    """DARE: zero what is drawn out, multiply the rest by `factor`."""
+    done = 0
+    while done < size:
+        index = first + done
+        low = np.uint32(index & (SPAN - 1))
+        num = min(size - done, SPAN - (index & (SPAN - 1)))
+        k0, k1 = keys[index >> 32, 0], keys[index >> 32, 1]
+        piece = values[done : done + num]
+        for j in range(num):
+            bits = draw(np.uint32(low + np.uint32(j)), k0, k1)
+            piece[j] = piece[j] * factor if bits < threshold else np.float32(0.0)
+        done += num
+
+
+@compiled
+def drop_by_rank(values, ranks, size, keys, first, thresholds, factors):  # type: ignore[no-untyped-def]
+    """DELLA: zero what is drawn out under the threshold of its rank, multiply the rest by the factor of its rank."""
+    done = 0
+    while done < size:
+        index = first + done
+        low = np.uint32(index & (SPAN - 1))
+        num = min(size - done, SPAN - (index & (SPAN - 1)))
+        k0, k1 = keys[index >> 32, 0], keys[index >> 32, 1]
+        piece = values[done : done + num]
+        places = ranks[done : done + num]
+        for j in range(num):
+            bits = draw(np.uint32(low + np.uint32(j)), k0, k1)
+            rank = places[j]
+            piece[j] = piece[j] * factors[rank] if bits < thresholds[rank] else np.float32(0.0)
+        done += num

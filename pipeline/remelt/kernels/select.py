@@ -1,0 +1,174 @@
+"""Exact selection by magnitude over a whole tensor, without sorting: histograms of float bits.
+
+The bits of |x - base| as float32, read as integers, order as the magnitudes do. A first round counts their upper bits
+(32,768 bins for each model and worker), which names the bin of the wanted rank. A second round gathers the lower bits
+of that bin's few members, leaf by leaf; or, where they are many (a tensor of few distinct values), counts them in 65,536
+bins, and a third round counts for each leaf the elements that tie at the threshold. From the ties before a leaf follows
+how many of its own are kept: the lowest flat indexes win, whatever thread saw them first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from remelt.kernels.codec import CHUNK, bits_of, decode
+from remelt.kernels.compile import compiled
+from remelt.kernels.weighted import read_chunk
+
+UPPER_BINS = 1 << 15
+LOWER_BINS = 1 << 16
+TABLES = 2
+"""Interleaved counters for each bin: the same bin again would otherwise wait for its own last store."""
+GROUP = 32
+NEVER = 0xFFFFFFFF
+
+
+@compiled
+def magnitude_bits(address, kind, base, start, size, values, bits):  # type: ignore[no-untyped-def]
+    """Bits of |x - base| for a chunk."""
+    read_chunk(address, kind, base, True, start, size, values)
+    for j in range(size):
+        bits[j] = np.uint32(bits_of(values[j]) & np.uint32(0x7FFFFFFF))
+
+
+@compiled
+def count_upper(addresses, kinds, is_wanted, count, histograms):  # type: ignore[no-untyped-def]
+    """Add a block to `histograms` (K, UPPER_BINS * TABLES) of the upper 15 bits of each wanted model's magnitudes."""
+    base = np.empty(CHUNK, np.float32)
+    values = np.empty(CHUNK, np.float32)
+    places = np.empty(CHUNK, np.uint16)
+    for start in range(0, count, CHUNK):
+        size = min(CHUNK, count - start)
+        decode(addresses[0], kinds[0], start, size, base)
+        for i in range(len(is_wanted)):
+            if not is_wanted[i]:
+                continue
+            read_chunk(addresses[i + 1], kinds[i + 1], base, True, start, size, values)
+            for j in range(size):
+                places[j] = np.uint16(np.uint32(bits_of(values[j]) & np.uint32(0x7FFFFFFF)) >> np.uint32(16))
+            table = histograms[i]
+            even = size - size % TABLES
+            for j in range(0, even, TABLES):
+                table[np.uint32(places[j]) * np.uint32(TABLES)] += np.uint32(1)
+                table[np.uint32(places[j + 1]) * np.uint32(TABLES) + np.uint32(1)] += np.uint32(1)
+            for j in range(even, size):
+                table[np.uint32(places[j]) * np.uint32(TABLES)] += np.uint32(1)
+
+
+@compiled
+def holds_bin(bits, start, wanted):  # type: ignore[no-untyped-def]
+    """Whether one of GROUP elements lies in the bin."""
+    found = np.uint32(0)
+    piece = bits[start : start + GROUP]
+    for j in range(GROUP):
+        found = np.uint32(found | np.uint32(1 if np.uint32(piece[j] >> np.uint32(16)) == wanted else 0))
+    return found != np.uint32(0)
+
+
+@compiled
+def gather_lower(  # type: ignore[no-untyped-def]
+    addresses, kinds, models, bins, leaf_elements, count, found, offsets, leaf_counts
+):
+    """For each cut, append the lower 16 bits of its bin's members to `found[offsets[cut]:]`, in order of flat index.
+
+    `models` and `bins` (cuts,) say where each cut lies, in ascending order of model; `leaf_counts` (cuts, leaves) is
+    filled with how many each leaf had.
+    """
+    base = np.empty(CHUNK, np.float32)
+    values = np.empty(CHUNK, np.float32)
+    bits = np.empty(CHUNK, np.uint32)
+    used = offsets.copy()
+    for leaf in range(leaf_counts.shape[1]):
+        stop = min(count, (leaf + 1) * leaf_elements)
+        before = used.copy()
+        for start in range(leaf * leaf_elements, stop, CHUNK):
+            size = min(CHUNK, stop - start)
+            decode(addresses[0], kinds[0], start, size, base)
+            for cut in range(len(models)):
+                i = models[cut] + 1
+                if cut == 0 or models[cut] != models[cut - 1]:
+                    magnitude_bits(addresses[i], kinds[i], base, start, size, values, bits)
+                wanted = bins[cut]
+                place = used[cut]
+                whole = size - size % GROUP
+                for group in range(0, whole, GROUP):
+                    if holds_bin(bits, group, wanted):
+                        for j in range(group, group + GROUP):
+                            if np.uint32(bits[j] >> np.uint32(16)) == wanted:
+                                found[place] = np.uint16(bits[j] & np.uint32(0xFFFF))
+                                place += 1
+                for j in range(whole, size):
+                    if np.uint32(bits[j] >> np.uint32(16)) == wanted:
+                        found[place] = np.uint16(bits[j] & np.uint32(0xFFFF))
+                        place += 1
+                used[cut] = place
+        for cut in range(len(models)):
+            leaf_counts[cut, leaf] = used[cut] - before[cut]
+
+
+@compiled
+def count_lower(addresses, kinds, models, bins, count, histograms):  # type: ignore[no-untyped-def]
+    """Add a block to `histograms` (cuts, LOWER_BINS) of the lower 16 bits of each cut's bin."""
+    base = np.empty(CHUNK, np.float32)
+    values = np.empty(CHUNK, np.float32)
+    bits = np.empty(CHUNK, np.uint32)
+    for start in range(0, count, CHUNK):
+        size = min(CHUNK, count - start)
+        decode(addresses[0], kinds[0], start, size, base)
+        for cut in range(len(models)):
+            i = models[cut] + 1
+            if cut == 0 or models[cut] != models[cut - 1]:
+                magnitude_bits(addresses[i], kinds[i], base, start, size, values, bits)
+            table = histograms[cut]
+            for j in range(size):
+                if np.uint32(bits[j] >> np.uint32(16)) == bins[cut]:
+                    table[np.uint32(bits[j] & np.uint32(0xFFFF))] += np.uint32(1)
+
+
+@compiled
+def count_ties(addresses, kinds, models, thresholds, leaf_elements, count, out):  # type: ignore[no-untyped-def]
+    """For each leaf of a block and each cut, how many magnitudes equal the threshold, into `out` (leaves, cuts)."""
+    base = np.empty(CHUNK, np.float32)
+    values = np.empty(CHUNK, np.float32)
+    bits = np.empty(CHUNK, np.uint32)
+    for leaf in range(len(out)):
+        stop = min(count, (leaf + 1) * leaf_elements)
+        out[leaf] = 0
+        for start in range(leaf * leaf_elements, stop, CHUNK):
+            size = min(CHUNK, stop - start)
+            decode(addresses[0], kinds[0], start, size, base)
+            for cut in range(len(models)):
+                i = models[cut] + 1
+                if cut == 0 or models[cut] != models[cut - 1]:
+                    magnitude_bits(addresses[i], kinds[i], base, start, size, values, bits)
+                ties = np.uint32(0)
+                for j in range(size):
+                    ties = np.uint32(ties + np.uint32(1 if bits[j] == thresholds[cut] else 0))
+                out[leaf, cut] += ties
+
+
+@compiled
+def keep_band(values, size, low, high, ties_low, ties_high):  # type: ignore[no-untyped-def]
+    """Zero magnitudes outside [low, high) in place; returns how many ties are left to pass at either end.
+
+    `ties_low` >= 0 says that only so many elements equal to `low` are still kept, the others not; `ties_high` >= 0 that
+    only so many equal to `high` still count as above it. A negative number says that the comparison alone decides.
+    """
+    if ties_low < 0 and ties_high < 0:
+        for j in range(size):
+            key = np.uint32(bits_of(values[j]) & np.uint32(0x7FFFFFFF))
+            values[j] = values[j] if (key >= low) & (key < high) else np.float32(0.0)
+        return ties_low, ties_high
+    for j in range(size):
+        key = np.uint32(bits_of(values[j]) & np.uint32(0x7FFFFFFF))
+        is_in = key >= low
+        if ties_low >= 0 and key == low:
+            is_in = ties_low > 0
+            ties_low = max(0, ties_low - 1)
+        is_out = key >= high
+        if ties_high >= 0 and key == high:
+            is_out = ties_high > 0
+            ties_high = max(0, ties_high - 1)
+        if not is_in or is_out:
+            values[j] = np.float32(0.0)
+    return ties_low, ties_high

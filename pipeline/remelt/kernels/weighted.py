@@ -1,0 +1,156 @@
+"""Kernels for the weighted sum of K aligned blocks, and for their K x K Gram matrix.
+
+More than half of the operators are these two. The float32 products and sums of the first are single IEEE operations in
+the order of the models. The second sums float64 products, exact for float32 factors, leaf by leaf: within a leaf in
+`LANES` interleaved partial sums that are then added in order, so that the result depends on the leaf alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from remelt.kernels.codec import CHUNK, decode, encode
+from remelt.kernels.compile import compiled
+
+LANES = 64
+
+
+@compiled
+def read_chunk(address, kind, base, has_base, start, count, out):  # type: ignore[no-untyped-def]
+    """Decode a chunk of one model, minus the decoded base where there is one."""
+    decode(address, kind, start, count, out)
+    if has_base:
+        for j in range(count):
+            out[j] = out[j] - base[j]
+
+
+@compiled
+def weighted_sum(addresses, kinds, coefficients, has_base, out_address, out_kind, count):  # type: ignore[no-untyped-def]
+    """out = sum_i c_i x_i, or base + sum_i c_i (x_i - base); `addresses[0]` is the base, whether or not there is one."""
+    base = np.empty(CHUNK, np.float32)
+    values = np.empty(CHUNK, np.float32)
+    total = np.empty(CHUNK, np.float32)
+    for start in range(0, count, CHUNK):
+        size = min(CHUNK, count - start)
+        if has_base:
+            decode(addresses[0], kinds[0], start, size, base)
+        for i in range(1, len(addresses)):
+            read_chunk(addresses[i], kinds[i], base, has_base, start, size, values)
+            c = coefficients[i - 1]
+            if i == 1:
+                for j in range(size):
+                    total[j] = values[j] * c
+            else:
+                for j in range(size):
+                    total[j] = total[j] + values[j] * c
+        if has_base:
+            for j in range(size):
+                total[j] = base[j] + total[j]
+        encode(total, out_address, out_kind, start, size)
+
+
+@compiled
+def add_products(a, b, count, lanes):  # type: ignore[no-untyped-def]
+    """lanes[l] += a[j] * b[j] for every j with j mod LANES = l, in ascending order."""
+    whole = count - count % LANES
+    for start in range(0, whole, LANES):
+        x = a[start : start + LANES]
+        y = b[start : start + LANES]
+        for lane in range(LANES):
+            lanes[lane] += np.float64(x[lane]) * np.float64(y[lane])
+    for j in range(whole, count):
+        lanes[j - whole] += np.float64(a[j]) * np.float64(b[j])
+
+
+@compiled
+def gram_of_leaves(addresses, kinds, has_base, leaf_elements, count, out):  # type: ignore[no-untyped-def]
+    """Inner products of every pair i <= j of models for each leaf of a block, into `out` (leaves, K (K + 1) / 2)."""
+    num_models = len(addresses) - 1
+    num_pairs = num_models * (num_models + 1) // 2
+    base = np.empty(CHUNK, np.float32)
+    values = np.empty((num_models, CHUNK), np.float32)
+    lanes = np.empty((num_pairs, LANES), np.float64)
+    for leaf in range(len(out)):
+        lanes[:] = 0.0
+        stop = min(count, (leaf + 1) * leaf_elements)
+        for start in range(leaf * leaf_elements, stop, CHUNK):
+            size = min(CHUNK, stop - start)
+            if has_base:
+                decode(addresses[0], kinds[0], start, size, base)
+            for i in range(num_models):
+                read_chunk(addresses[i + 1], kinds[i + 1], base, has_base, start, size, values[i])
+            pair = 0
+            for i in range(num_models):
+                for k in range(i, num_models):
+                    add_products(values[i], values[k], size, lanes[pair])
+                    pair += 1
+        for pair in range(num_pairs):
+            total = 0.0
+            for lane in range(LANES):
+                total += lanes[pair, lane]
+            out[leaf, pair] = total
+
+
+@compiled
+def weighted_rows(  # type: ignore[no-untyped-def]
+    addresses, kinds, coefficients, has_base, row_length, by_column, out_address, out_kind, num_rows
+):
+    """As `weighted_sum`, with coefficients (num_rows, K) of each row or, `by_column`, (K, row_length) of each column."""
+    length = min(CHUNK, row_length)
+    base = np.empty(length, np.float32)
+    values = np.empty(length, np.float32)
+    total = np.empty(length, np.float32)
+    for row in range(num_rows):
+        for start in range(0, row_length, length):
+            size = min(length, row_length - start)
+            place = row * row_length + start
+            if has_base:
+                decode(addresses[0], kinds[0], place, size, base)
+            total[:] = 0.0
+            for i in range(1, len(addresses)):
+                read_chunk(addresses[i], kinds[i], base, has_base, place, size, values)
+                if by_column:
+                    factors = coefficients[i - 1, start : start + size]
+                    for j in range(size):
+                        values[j] = values[j] * factors[j]
+                else:
+                    c = coefficients[row, i - 1]
+                    for j in range(size):
+                        values[j] = values[j] * c
+                if i == 1:
+                    for j in range(size):
+                        total[j] = values[j]
+                else:
+                    for j in range(size):
+                        total[j] = total[j] + values[j]
+            if has_base:
+                for j in range(size):
+                    total[j] = base[j] + total[j]
+            encode(total, out_address, out_kind, place, size)
+
+
+@compiled
+def gram_of_columns(addresses, kinds, has_base, row_length, num_rows, out):  # type: ignore[no-untyped-def]
+    """Inner products of every pair i <= j of models down each column, rows in order, into `out` (pairs, row_length)."""
+    num_models = len(addresses) - 1
+    length = min(CHUNK, row_length)
+    base = np.empty(length, np.float32)
+    values = np.empty((num_models, length), np.float32)
+    out[:] = 0.0
+    for row in range(num_rows):
+        for start in range(0, row_length, length):
+            size = min(length, row_length - start)
+            place = row * row_length + start
+            if has_base:
+                decode(addresses[0], kinds[0], place, size, base)
+            for i in range(num_models):
+                read_chunk(addresses[i + 1], kinds[i + 1], base, has_base, place, size, values[i])
+            pair = 0
+            for i in range(num_models):
+                for k in range(i, num_models):
+                    sums = out[pair, start : start + size]
+                    a = values[i]
+                    b = values[k]
+                    for j in range(size):
+                        sums[j] += np.float64(a[j]) * np.float64(b[j])
+                    pair += 1
