@@ -33,7 +33,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 def is_local(source: str) -> bool:
     """Whether `source` means a path on this machine: it exists, or is written as a path."""
-    return source.startswith((".", "/", "~")) or Path(source).exists()
+    if source.startswith((".", "/", "~")):
+        return True
+    try:
+        return source != "" and Path(source).exists()
+    except OSError:
+        # Too long a name, or a folder that may not be searched: no path that could be used.
+        return False
 
 
 def resolve_source(source: str, *, cache_dir: str | None = None, local_files_only: bool = False) -> Path:
@@ -48,17 +54,25 @@ def resolve_source(source: str, *, cache_dir: str | None = None, local_files_onl
         CheckpointError: there is no such folder, or the Hub does not give it.
     """
     if is_local(source):
+        return _local_folder(source)
+    if not _HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"checkpoint {source!r} does not exist: no such folder under {Path.cwd()}, and it is no Hub id of the form "
+            "org/name or org/name@revision; check the path"
+        )
+    return _fetch_snapshot(source, cache_dir, local_files_only)
+
+
+def _local_folder(source: str) -> Path:
+    try:
         path = Path(source).expanduser()
         if path.is_dir():
             return path
         found = "it is a file: name the folder that holds it" if path.exists() else "no such folder; check the path"
-        raise CheckpointError(f"checkpoint {source} does not exist as a folder: {found}")
-    if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"checkpoint {source} does not exist: no such folder under {Path.cwd()}, and it is no Hub id of the form "
-            "org/name or org/name@revision; check the path"
-        )
-    return _fetch_snapshot(source, cache_dir, local_files_only)
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: a home folder that is not known.
+        found = f"{error}; check the path"
+    raise CheckpointError(f"checkpoint {source} does not exist as a folder: {found}")
 
 
 def _fetch_snapshot(source: str, cache_dir: str | None, local_files_only: bool) -> Path:

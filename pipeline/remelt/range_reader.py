@@ -15,34 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remelt.checkpoint import RAW, CheckpointIndex, Piece, TensorInfo
+from remelt.dtypes import DTYPES
 from remelt.errors import CheckpointError
 from remelt.kernels.program import geometry_of
+from remelt.stored_bits import as_stored
 
 Buffer: TypeAlias = "memoryview | bytearray | NDArray[Any]"
 """Writable and contiguous; filled whole."""
 
 MAX_OPEN_FILES = 32
 """For one reader. Merges read files in sequence, so few are in use at once; twelve parents stay far below 1,024."""
-
-STORED_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<u2"),
-    "BF16": np.dtype("<u2"),
-    "F8_E4M3": np.dtype("u1"),
-    "F8_E5M2": np.dtype("u1"),
-    "F8_E8M0": np.dtype("u1"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("u1"),
-}
-"""How NumPy holds the stored bits of each dtype: 16-bit floats as uint16, 8-bit ones and booleans as uint8."""
 
 
 class _OpenFile:
@@ -160,13 +142,13 @@ class RangeReader:
         opened = self._files.get(piece.file) or self._open(piece.file)
         os.posix_fadvise(opened.descriptor, piece.offset + start, length, os.POSIX_FADV_WILLNEED)
 
-    def read_piece(self, piece: Piece) -> NDArray[Any]:
+    def read_piece(self, piece: Piece) -> NDArray[np.generic]:
         """A whole piece as its stored bits, in its shape."""
-        array = np.empty(piece.shape, STORED_DTYPES[piece.dtype])
-        self.read_piece_into(piece, 0, array)
-        return array
+        data = np.empty(piece.nbytes, np.uint8)
+        self.read_piece_into(piece, 0, data)
+        return as_stored(data, piece.dtype).reshape(piece.shape)
 
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[Any]:
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[np.generic]:
         """A tensor as its stored bits, for tests and tools; the codes of a scaled one.
 
         Args:
@@ -182,6 +164,7 @@ class RangeReader:
             return self.read_piece(piece)
         start, stop = rows
         row_length = geometry_of(name, info.shape).row_length
-        array = np.empty((stop - start, row_length), STORED_DTYPES[piece.dtype])
-        self.read_piece_into(piece, start * row_length * array.itemsize, array)
-        return array
+        row_bytes = row_length * DTYPES[piece.dtype].item_bits // 8
+        data = np.empty((stop - start) * row_bytes, np.uint8)
+        self.read_piece_into(piece, start * row_bytes, data)
+        return as_stored(data, piece.dtype).reshape(stop - start, row_length)

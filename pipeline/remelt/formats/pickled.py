@@ -25,8 +25,7 @@ UNREAD_KINDS = (
     UnreadKind(
         re.compile(r"latest|latest_universal|global_step\d+.*|.*zero_pp_rank_.*\.pt|mp_rank_\d+_model_states\.pt"),
         "a DeepSpeed ZeRO directory; pickle files are not read yet",
-        "save the weights with `save_16bit_model(..., safe_serialization=True)`, or with DeepSpeed's zero_to_fp32.py "
-        "and `--safe_serialization`",
+        "make a safetensors checkpoint of it with DeepSpeed's zero_to_fp32.py and its --safe_serialization",
     ),
     UnreadKind(
         re.compile(r"\.metadata|.*\.distcp"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from remelt.checkpoint import FP8_BLOCK, RAW, TensorInfo
+from remelt.checkpoint import FP8_BLOCK, RAW, Piece, TensorInfo
 from remelt.dtypes import DTYPES
 from remelt.errors import CheckpointError
 
@@ -93,7 +93,7 @@ def pair_fp8(tensors: dict[str, TensorInfo], block: tuple[int, int], source: str
             checked.add((info.shape, scale.shape))
         if scale.dtype not in SCALE_DTYPES:
             raise _unknown_kind(source, f"{scale_name} in {scale.dtype}, where {', '.join(SCALE_DTYPES)} are read")
-        pieces = (info.pieces[0], scale.pieces[0]._replace(part=scale_name))
+        pieces = (info.pieces[0], Piece(*scale.pieces[0][:5], scale_name))
         tensors[name] = TensorInfo(info.dtype, info.shape, FP8_BLOCK, pieces)
     _refuse_other_kinds(tensors, source)
     return len(codes)

@@ -12,6 +12,7 @@ import json
 import re
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from remelt.formats.safetensors_header import FileHead, Layouts, parse_header, r
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 100_000_000
+HEADER_THREADS = 8
 
 _SHARD_NAME = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
@@ -72,7 +74,10 @@ def index_safetensors(source: str, root: Path) -> CheckpointIndex:
     real_root = root.resolve()
     paths = [_contained_path(root, real_root, name) for name in names]
     _check_shards_listed(root, names, in_folder)
-    shards = [_Shard(name, path, read_head(path)) for name, path in zip(names, paths, strict=True)]
+    # Six round trips a file: over a network filesystem a hundred shards take a second at once, ten one by one.
+    with ThreadPoolExecutor(min(HEADER_THREADS, len(paths))) as pool:
+        heads = list(pool.map(read_head, paths))
+    shards = [_Shard(*shard) for shard in zip(names, paths, heads, strict=True)]
     table = _shared_table(source, shards, weight_map, index_bytes, quantization)
     return CheckpointIndex(
         source=source,
@@ -142,9 +147,11 @@ def _contained_path(root: Path, real_root: Path, name: str) -> Path:
     if not name.endswith(".safetensors") or not name.isprintable():
         raise refuse("no name of a .safetensors file")
     path = root / name
-    if not path.exists():
-        listed = f"missing file {name}: the index names it" if name != SINGLE_NAME else f"missing file {name}"
-        raise CheckpointError(f"{path}: {listed}, but it is not there; download or copy it again")
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{root / INDEX_NAME}: names the missing file {name}; download or copy it again")
+    except OSError as error:
+        raise refuse(f"no usable name: {error.strerror}") from error
     real = path.resolve()
     # In the Hub's cache snapshots/<revision>/<name> is a link to ../../blobs/<hash>.
     blobs = real_root.parent.parent / "blobs" if real_root.parent.name == "snapshots" else real_root
