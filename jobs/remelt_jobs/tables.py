@@ -15,7 +15,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     """Print rows under a header; numbers to the right, the rest to the left."""
     texts = [[_text(cell) for cell in row] for row in rows]
     widths = [max(len(name), *(len(row[place]) for row in texts), 0) for place, name in enumerate(header)]
-    is_number = [bool(rows) and isinstance(row_cell, int | float) for row_cell in (rows[0] if rows else header)]
+    is_number = [any(isinstance(row[place], int | float) for row in rows) for place in range(len(header))]
     for row in (list(header), *texts):
         cells = (
             cell.rjust(width) if number else cell.ljust(width)
@@ -51,9 +51,32 @@ def print_inspection(found: Mapping[str, Any]) -> None:
 
 def print_diff(report: DiffReport, num_tensors: int) -> None:
     """Classes, then the most different tensors."""
-    for line in report.differences:
-        print(f"difference: {line}")
-    print()
+    for side, names in ((report.a, report.only_in_a), (report.b, report.only_in_b)):
+        if names:
+            print(f"only in {side}: {len(names)} tensors, such as {names[0]}")
+    for name, shape_a, shape_b in report.shape_differences:
+        print(f"shapes differ, not measured: {name} is {list(shape_a)} in a, {list(shape_b)} in b")
+    for name, dtype_a, dtype_b in report.dtype_differences[:num_tensors]:
+        print(f"dtypes differ: {name} is {dtype_a} in a, {dtype_b} in b")
+    rows = report.to_table()
+    measures = ("absolute", "rms", "relative", "cosine")
+    classes = [row for row in rows if row["level"] != "tensor"]
+    print_table(
+        ["class", "elements", "changed", *measures],
+        [
+            [row["class"] or "all", row["num_elements"], row["num_changed"], *(row[key] for key in measures)]
+            for row in classes
+        ],
+    )
+    shown = sorted(
+        (row for row in rows if row["level"] == "tensor"), key=lambda row: row["relative"] or 0.0, reverse=True
+    )[:num_tensors]
+    if shown:
+        print(f"\nmost different of {len(report.tensors)} tensors, by relative distance:")
+        print_table(
+            ["tensor", "elements", "changed", *measures],
+            [[row["name"], row["num_elements"], row["num_changed"], *(row[key] for key in measures)] for row in shown],
+        )
 
 
 def operator_rows() -> list[dict[str, Any]]:

@@ -1,0 +1,75 @@
+"""Commands that run models: evaluate, search, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from remelt.errors import EvaluationError
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A path or Hub id.")],
+    suite: Annotated[str, typer.Option("--suite", help="Suite in YAML, or `zoo`.")],
+    reports: Annotated[Path, typer.Option("--reports", help="Directory of the Parquet tables.")],
+    role: Annotated[str, typer.Option("--role", help="search, selection or report: whose items.")] = "report",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many items of each task.")] = None,
+    backend: Annotated[str, typer.Option("--backend", help="hf, or dummy (random answers, to try a suite).")] = "hf",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
+    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds for the evaluation.")] = None,
+) -> None:
+    """Score a checkpoint with lm-eval in a process of its own, and write Parquet reports."""
+    from remelt_evals.backends import BackendOptions
+    from remelt_evals.eval_report import EvalRequest, objective
+    from remelt_evals.evaluator_process import EvaluatorProcess
+    from remelt_evals.report_tables import write_evaluation
+    from remelt_jobs.candidates import open_for_evaluation
+    from remelt_jobs.study_config import suite_path
+    from remelt_jobs.tables import print_table
+
+    if role not in ("search", "selection", "report"):
+        raise EvaluationError(f"--role {role!r}: choose search, selection or report")
+    opened = open_for_evaluation(checkpoint)
+    request = EvalRequest(
+        checkpoint=str(opened.path), digest=opened.digest, suite=str(suite_path(suite)), role=role, limit=limit
+    )
+    options = BackendOptions(name=backend, device=device)
+    with EvaluatorProcess(options, timeout_seconds=timeout) as evaluator:
+        report = evaluator.evaluate(request)
+    paths = write_evaluation(reports, report)
+    if not report.is_ok:
+        raise EvaluationError(f"{checkpoint}: {report.error}; the failure is recorded in {paths[0]}")
+    print_table(
+        ["ability", "eval task", "metric", "score", "stderr", "items"],
+        [[task.ability, task.task, task.metric, task.value, task.stderr, task.n] for task in report.tasks],
+    )
+    print(f"objective {objective(report):.4f} on {role} items in {report.seconds:.1f} s")
+    for note in report.notes:
+        print(f"note: {note}")
+    for path in paths:
+        print(f"wrote {path}")
+
+
+def search(
+    study: Annotated[Path, typer.Argument(help="Study in YAML: recipe, suite, searcher, budget, evaluators.")],
+    output: Annotated[Path, typer.Option("--output", help="Directory of the study, its best merge and reports.")],
+    takeover: Annotated[bool, typer.Option("--takeover", help="Take the study from a driver that is gone.")] = False,
+) -> None:
+    """Search the ranges of a recipe by the scores of its merges. Run it again to resume."""
+    from remelt_jobs.study import run_study
+    from remelt_jobs.study_config import load_study
+    from remelt_jobs.study_report import TerminalStudyProgress, print_study
+
+    result = run_study(load_study(study), output, takeover=takeover, progress=TerminalStudyProgress())
+    print_study(result)
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Where the demo writes.")] = Path("remelt-demo"),
+) -> None:
+    """Search a merge of the shipped checkpoints from end to end: under three minutes on two cores."""
+    from remelt_jobs.demo import run_demo
+
+    run_demo(output)
