@@ -87,7 +87,7 @@ def parse_recipe(
         top.refuse("`modules` are not read: remelt merges whole checkpoints; `rules` treat their parts", "modules")
     method = _method(top, "merge_method", operators)
     models, slice_parameters, expected_layers = _read_models(top)
-    base_source = _source(top, "base_model") if top.has("base_model") else None
+    base_source = _base_source(top)
     checkpoints, places = _checkpoints(top, base_source, models)
     parameters = dict(parse_parameters(top.section("parameters"))) | dict(slice_parameters)
     dtype, is_dtype_all = _dtypes(top)
@@ -134,6 +134,14 @@ def _source(section: Section, key: str) -> str:
     return source
 
 
+def _base_source(top: Section) -> str | None:
+    """`base_model`; that of the one slice holds before the recipe's."""
+    for section in (*(top.sections("slices") if top.has("slices") else ()), top):
+        if section.has("base_model"):
+            return _source(section, "base_model")
+    return None
+
+
 def _same(source: str) -> str:
     """What two spellings of one source have in common."""
     return source.rstrip("/") or source
@@ -151,7 +159,7 @@ def _read_models(top: Section) -> tuple[list[_Model], Parameters, int | None]:
     if len(slices) != 1:
         top.refuse(f"{len(slices)} slices stack layers; only one slice that covers all layers is merged", "slices")
     slice_ = slices[0]
-    slice_.allow(("sources", "parameters"))
+    slice_.allow(("sources", "parameters", "base_model"))
     sources = slice_.sections("sources")
     if not sources:
         slice_.refuse("no sources: list at least one, each as {model: PATH, layer_range: [0, LAYERS]}")
@@ -205,16 +213,17 @@ def _checkpoints(
         names.append(model.name)
         counted = len(sources) - 1 - (base_source is not None)
         streams.append(counted if model.stream is None else model.stream)
-    for kind, values in (("name", [name for name in names if name]), ("stream", streams)):
+    unique = _unique_names(sources, names)
+    for kind, values in (("name", unique), ("stream", streams)):
         twice = [value for place, value in enumerate(values) if value in values[:place]]
         if twice:
             top.refuse(f"two models have the {kind} {twice[0]!r}; give each its own", "models")
-    refs = zip(sources, _unique_names(sources, names), streams, strict=True)
+    refs = zip(sources, unique, streams, strict=True)
     return tuple(CheckpointRef(*ref) for ref in refs), places
 
 
 def _unique_names(sources: Sequence[str], given: Sequence[str | None]) -> list[str]:
-    """Names as given, else the shortest end of the path that no other checkpoint has, without its revision if it can."""
+    """Names as given, else the shortest end of the path that no other has, without its revision where that does."""
     ends = [_path_ends(source) for source in sources]
     taken = {name for name in given if name}
     names: list[str] = []

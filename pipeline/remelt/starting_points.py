@@ -81,10 +81,12 @@ def _weight(recipe: Recipe, entry: Entry) -> Value | None:
 
 
 def _scalars(value: Value | None) -> Iterator[Scalar]:
-    """Every scalar in a value; one that is absent counts as a number that fits nothing."""
+    """Every scalar in a value; where it leaves some tensors to the next level, one more that fits nothing."""
     if isinstance(value, Filtered):
         for case in value.cases:
             yield from _scalars(case.value)
+        if all(case.pattern is not None for case in value.cases):
+            yield "absent"
     elif isinstance(value, Gradient):
         yield from value.anchors
     else:
