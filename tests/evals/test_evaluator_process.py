@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,21 @@ def test_one_child_serves_many_requests_and_the_driver_keeps_its_generators(
     assert drawn == (random.random(), np.random.rand())
 
 
+def test_what_libraries_print_does_not_reach_the_protocol(
+    warm: EvaluatorProcess, make_suite: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = make_suite()
+    tasks = path.parent / "tasks"
+    (tasks / "noise.py").write_text(
+        "import os\n\ndef keep(docs):\n    print('noise' * 9999, flush=True)\n    os.write(2, b'noise')\n"
+        "    return docs\n"
+    )
+    with (tasks / "words_search.yaml").open("a") as file:
+        file.write("process_docs: !function noise.keep\n")
+    assert warm.evaluate(request(path)).is_ok
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_child_and_the_evaluator_agree_on_the_evaluation_id(warm: EvaluatorProcess, suite_path: Path) -> None:
     asked = warm.evaluation_id(request(suite_path))
     assert asked == warm.evaluate(request(suite_path)).evaluation_id
@@ -107,11 +122,17 @@ def test_a_time_out_ends_the_child(suite_path: Path) -> None:
         assert process.pid is None
 
 
-@pytest.mark.parametrize("limits", [{"max_evaluations": 1}, {"memory_limit_bytes": 1}, {"growth_limit_bytes": -1}])
-def test_a_child_over_a_limit_is_replaced_after_its_report(limits: dict[str, int], suite_path: Path) -> None:
-    with EvaluatorProcess(DUMMY, **limits) as process:  # type: ignore[arg-type]
-        assert process.evaluate(request(suite_path)).is_ok
-        assert process.pid is None
+@pytest.mark.parametrize("limit", ["max_evaluations", "memory_limit_bytes", "growth_limit_bytes"])
+def test_a_child_over_a_limit_is_replaced_after_its_report(
+    limit: str, warm: EvaluatorProcess, suite_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm.evaluate(request(suite_path))
+    pid = warm.pid
+    monkeypatch.setattr(warm, limit, -1 << 40 if limit == "growth_limit_bytes" else 1)
+    assert warm.evaluate(request(suite_path)).is_ok
+    assert warm.pid is None
+    warm.start()
+    assert warm.pid != pid
 
 
 def test_a_child_that_cannot_start_says_why(tmp_path: Path) -> None:
