@@ -26,8 +26,10 @@ FIXED_BYTES = 24 * MIB
 """Compiled kernels, thread stacks, allocator slack: measured at 14 to 20 MiB beyond idle imports."""
 TENSOR_RECORD_BYTES = 600
 """Plan entry, digest and receipt of one source or output tensor while its unit runs."""
-ARENA_TENSORS = 3
-"""Tensors with statistics that may be in flight together, so that no thread waits at the end of a round."""
+TENSORS_IN_FLIGHT = 3
+"""Tensors that may be worked together, so that no thread waits at the end of a tensor's round."""
+_CHOICES = (*((block, TENSORS_IN_FLIGHT) for block in BLOCK_ELEMENTS), (BLOCK_ELEMENTS[-1], 2), (BLOCK_ELEMENTS[-1], 1))
+"""(block elements, tensors in flight), the quickest first."""
 
 
 class Sizes(NamedTuple):
@@ -40,6 +42,8 @@ class Sizes(NamedTuple):
     """One output block of one coefficient set."""
     num_outputs: int
     """Output blocks in flight."""
+    num_tensors: int
+    """Tensors in flight."""
     arena_bytes: int
     """For tensors kept whole between their rounds; a tensor that does not fit is read again for each round."""
 
@@ -101,14 +105,14 @@ def project(
     above the allowance, with both numbers and what would do.
     """
     num_outputs = threads + 2
-    for block_elements in BLOCK_ELEMENTS:
+    for block_elements, num_tensors in _CHOICES:
         demand = _demand(tensors, threads, block_elements)
         terms = [
             ("fixed", FIXED_BYTES),
             ("records", TENSOR_RECORD_BYTES * num_records),
             (f"source blocks of {threads} threads", threads * demand.source_bytes),
             (f"{num_outputs} output blocks", num_outputs * num_sets * demand.output_bytes),
-            (f"operator state of {ARENA_TENSORS} tensors", ARENA_TENSORS * demand.program_bytes),
+            (f"operator state of {num_tensors} tensors", num_tensors * demand.program_bytes),
         ]
         needed = sum(size for _, size in terms)
         if needed <= allowed_bytes:
@@ -121,10 +125,10 @@ def project(
         )
     free = allowed_bytes - needed
     fitting = [need for need in demand.held_bytes if need <= free]
-    arena = min(free, sum(fitting[:1]) + (ARENA_TENSORS - 1) * (fitting[min(1, len(fitting) - 1)] if fitting else 0))
+    arena = min(free, sum(fitting[:1]) + (num_tensors - 1) * (fitting[min(1, len(fitting) - 1)] if fitting else 0))
     if arena:
         terms.append(("tensors kept between rounds", arena))
-    sizes = Sizes(block_elements, demand.source_bytes, demand.output_bytes, num_outputs, arena)
+    sizes = Sizes(block_elements, demand.source_bytes, demand.output_bytes, num_outputs, num_tensors, arena)
     return sizes, Projection(tuple(terms), allowed_bytes)
 
 

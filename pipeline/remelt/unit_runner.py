@@ -26,7 +26,7 @@ from remelt.errors import NonFiniteError
 from remelt.fingerprints import TensorDigest
 from remelt.kernels import count_nonfinite, make_program
 from remelt.kernels.program import Block, Geometry, Program, geometry_of
-from remelt.memory import ARENA_TENSORS, COPY_BLOCK_BYTES, Sizes, block_rows, held_bytes, peak_memory_bytes
+from remelt.memory import COPY_BLOCK_BYTES, Sizes, block_rows, held_bytes, peak_memory_bytes
 from remelt.plan import PlannedTensor, RunSettings, TensorRecord, Unit, UnitReceipt
 from remelt.range_reader import RangeReader
 from remelt.sinks import Sink
@@ -241,7 +241,7 @@ class UnitRunner:
 
     def _admit(self) -> bool:
         """Take the next tensor in, unless enough are in flight or the arena is full for now."""
-        if self._next_tensor == len(self._unit.tensors) or len(self._active) >= ARENA_TENSORS:
+        if self._next_tensor == len(self._unit.tensors) or len(self._active) >= self._sizes.num_tensors:
             return False
         planned = self._unit.tensors[self._next_tensor]
         need = held_bytes(planned)

@@ -60,7 +60,7 @@ def test_same_bytes_for_any_number_of_threads_and_any_budget(
 ) -> None:
     recipe = make_recipe(pool, method, **options_for(method))
     reference = None
-    for number, (threads, memory) in enumerate([(1, 900 * MB), (2, 40 * MB), (4, 200 * MB), (3, 45 * MB)]):
+    for number, (threads, memory) in enumerate([(1, 900 * MB), (2, 64 * MB), (4, 200 * MB), (3, 64 * MB)]):
         merged = merge_recipe(recipe, tmp_path / str(number), threads=threads, memory_bytes=memory)
         found = (merged.digest, file_hashes(merged.path))
         reference = reference or found
