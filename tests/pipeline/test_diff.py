@@ -26,7 +26,7 @@ def indexed(root: Path, tensors: dict[str, Any], config: dict[str, Any] | None =
     return open_checkpoint(str(root))
 
 
-@pytest.mark.parametrize("block", [7, 64, 1 << 19])
+@pytest.mark.parametrize("block", [7, 64, 1 << 16])
 def test_distances_match_float64_numpy_for_any_block_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
@@ -86,7 +86,7 @@ def test_nan_in_a_parent_ends_as_missing_numbers(tmp_path: Path) -> None:
     assert [row[key] for key in ("absolute", "rms", "relative", "cosine", "num_changed")] == [None, None, None, None, 1]
 
 
-@pytest.mark.parametrize("block", [50, 1 << 19])
+@pytest.mark.parametrize("block", [50, 1 << 16])
 @pytest.mark.parametrize("leading", [(), (2,)])
 def test_fp8_pairs_are_measured_by_their_dequantised_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, leading: tuple[int, ...]

@@ -331,6 +331,9 @@ def test_fp8_weight_without_scale_and_scale_without_weight_are_refused(tmp_path:
     refused(tmp_path / "1", "quantised checkpoint of unknown kind", "x.weight in F8_E4M3 without x.weight_scale_inv")
     write_file(tmp_path / "2" / "model.safetensors", {"y_scale_inv": tensors["x.weight_scale_inv"]})
     refused(tmp_path / "2", "y_scale_inv has no fp8 weight")
+    integers = ("I32", np.ones((2, 2), "<u4"))
+    write_file(tmp_path / "3" / "model.safetensors", alone | {"x.weight_scale_inv": integers})
+    refused(tmp_path / "3", "quantised checkpoint of unknown kind", "x.weight_scale_inv in I32")
 
 
 @pytest.mark.parametrize(
