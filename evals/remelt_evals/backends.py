@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from remelt.errors import EvaluationError
@@ -15,7 +15,7 @@ from remelt.errors import EvaluationError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendOptions:
-    """Which backend, and how it runs. All of it enters the evaluation id."""
+    """Which backend, and how it runs."""
 
     name: str = "hf"
     device: str = "cpu"
@@ -23,7 +23,7 @@ class BackendOptions:
     dtype: str = "auto"
     """`auto` computes in the dtype that the checkpoint's config declares; else `float32`, `bfloat16` or `float16`."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its default."""
+    """CPU threads of torch; None leaves its default. No part of the evaluation id."""
     trust_remote_code: bool = False
 
 
@@ -79,6 +79,16 @@ def find_backend(options: BackendOptions) -> Backend:
 
 
 def backend_identity(options: BackendOptions) -> dict[str, Any]:
-    """What of the backend enters the evaluation id: its options and the versions of what computes."""
+    """What of the backend enters the evaluation id: what decides the numbers, and the versions of what computes them.
+
+    Threads and the number of a device are left out: they say where it runs, and move a log-likelihood by rounding at
+    most, as another machine of the same kind would.
+    """
     versions = {name: importlib.metadata.version(name) for name in find_backend(options).distributions}
-    return {**asdict(options), "versions": versions}
+    return {
+        "name": options.name,
+        "device": options.device.partition(":")[0],
+        "dtype": options.dtype,
+        "trust_remote_code": options.trust_remote_code,
+        "versions": versions,
+    }

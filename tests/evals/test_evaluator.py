@@ -256,3 +256,14 @@ def test_generated_text_is_scored_by_the_named_filter(dummy: Evaluator, make_sui
     assert (task.value, task.stderr, task.filter) == (1.0, 0.0, "integer")
     assert task.samples[0].response == "0"
     assert task.samples[0].loglik == ()
+
+
+def test_the_evaluation_id_follows_what_decides_the_numbers_and_not_where_it_runs(suite_path: Path) -> None:
+    asked = request("x", suite_path)
+    plain = Evaluator(HF).evaluation_id(asked)
+    same = [BackendOptions(threads=2), BackendOptions(), BackendOptions(name="hf")]
+    assert {Evaluator(options).evaluation_id(asked) for options in same} == {plain}
+    others = [BackendOptions(dtype="float32"), BackendOptions(device="cuda"), BackendOptions(name="dummy")]
+    assert len({plain} | {Evaluator(options).evaluation_id(asked) for options in others}) == 4
+    elsewhere = Evaluator(BackendOptions(device="cuda:1")).evaluation_id(asked)
+    assert elsewhere == Evaluator(BackendOptions(device="cuda")).evaluation_id(asked)
