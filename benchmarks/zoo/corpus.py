@@ -137,17 +137,17 @@ def _ask_sum(rng: random.Random) -> tuple[str, str]:
 
 STRING_FUNCTIONS: dict[str, Callable[[str], str]] = {
     "rev": lambda s: s[::-1],
-    "up": str.upper,
     "rot": lambda s: s[1:] + s[0],
-    "dup": lambda s: s + s,
     "swap": lambda s: s[-1] + s[1:-1] + s[0],
     "sort": lambda s: "".join(sorted(s)),
+    "fold": lambda s: s[::2] + s[1::2],
+    "next": lambda s: "".join(chr((ord(c) - 96) % 26 + 97) for c in s),
 }
 
 
 def _ask_string(rng: random.Random) -> tuple[str, str]:
     name = rng.choice(tuple(STRING_FUNCTIONS))
-    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 5)))
+    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(4, 7)))
     return f"{name}({word})=", STRING_FUNCTIONS[name](word)
 
 

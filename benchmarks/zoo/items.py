@@ -25,8 +25,8 @@ NUM_CHOICE_ITEMS = {"search": 160, "selection": 200, "report": 500}
 NUM_PASSAGES = {"search": 24, "selection": 40, "report": 150}
 TEXT_ABILITIES = ("prose", "python")
 NUM_CHOICES = 4
-CONTEXT_LENGTH = 32
-CONTINUATION_LENGTH = {"prose": 8, "python": 8}
+CONTEXT_LENGTH = 24
+CONTINUATION_LENGTH = {"prose": 14, "python": 12}
 PASSAGE_LENGTH = 120
 
 Item = dict[str, Any]
@@ -77,9 +77,8 @@ def _spoil_string(answer: str, word: str, rng: random.Random) -> str:
     if kind < 0.5:
         return answer[:place] + answer[place + 1] + answer[place] + answer[place + 2 :]
     if kind < 0.75:
-        letter = rng.choice(word.upper() if answer.isupper() else word)
-        return answer[:place] + letter + answer[place + 1 :]
-    return rng.choice([STRING_FUNCTIONS[name] for name in ("rev", "rot", "swap", "sort")])(word)
+        return answer[:place] + rng.choice(word) + answer[place + 1 :]
+    return rng.choice(tuple(STRING_FUNCTIONS.values()))(word)
 
 
 def make_question_choices(ability: str, part: str, num_items: int, rng: random.Random) -> list[Item]:
