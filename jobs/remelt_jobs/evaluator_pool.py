@@ -1,0 +1,214 @@
+"""Evaluators as Ray actors: a fixed number of slots, each with an actor that is replaced when lost or unsound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from remelt.errors import StudyError
+from remelt_evals.backends import BackendOptions
+from remelt_jobs.study_config import Evaluators
+from remelt_jobs.trial import Outcome, TrialEvaluator, Work
+
+MAX_LOSSES = 2
+"""How often a piece of work may lose its evaluator and be tried on a new one; it may be what kills them."""
+
+MAX_START_FAILURES = 3
+
+GROWTH_BYTES = 1 << 30
+"""An evaluator is replaced when its memory has doubled since its first candidate, and grown by at least this."""
+
+
+@dataclass(slots=True)
+class _Job:
+    key: str
+    work: Work
+    losses: int = 0
+
+
+@dataclass(slots=True)
+class _Slot:
+    """An actor with what it is doing: starting (no job, a reference), idle (neither), or at work (both)."""
+
+    number: int
+    actor: Any
+    reference: Any
+    since: float
+    is_up: bool = False
+    job: _Job | None = None
+    first_bytes: int = 0
+    pid: int = 0
+
+
+@dataclass(slots=True)
+class EvaluatorPool:
+    """Runs pieces of work on evaluators, `submit` and `wait`.
+
+    Args:
+        evaluators: How many, what each asks of the cluster, and the time-outs.
+        backend: What runs the model.
+        name: The study's name for its scratch folders.
+        fence: The driver's fence: evaluators clear what those of earlier drivers left.
+    """
+
+    evaluators: Evaluators
+    backend: BackendOptions
+    name: str
+    fence: int
+    _slots: list[_Slot] = field(default_factory=list)
+    _lost: list[_Job] = field(default_factory=list)
+    _start_failures: int = 0
+
+    def __enter__(self) -> Self:
+        self._slots = [self._start(number) for number in range(self.evaluators.count)]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import ray
+
+        for slot in self._slots:
+            ray.kill(slot.actor)
+        self._slots = []
+
+    @property
+    def has_room(self) -> bool:
+        """Whether an evaluator is up, idle, and not wanted for work that lost its own."""
+        return any(slot.is_up and slot.job is None for slot in self._slots) and not self._lost
+
+    @property
+    def num_running(self) -> int:
+        """Pieces of work submitted and not finished."""
+        return len(self._lost) + sum(slot.job is not None for slot in self._slots)
+
+    def submit(self, key: str, work: Work) -> None:
+        """Give work to an idle evaluator; `has_room` must hold."""
+        assert self.has_room
+        self._give(_Job(key, work))
+
+    def wait(self, timeout_seconds: float) -> dict[str, Outcome]:
+        """Outcomes by key, as soon as there is one; none where the time passed or an evaluator came up first.
+
+        Raises:
+            StudyError: No evaluator comes up.
+        """
+        import ray
+
+        now = time.monotonic()
+        references = {slot.reference: slot for slot in self._slots if slot.reference is not None}
+        patience = min([timeout_seconds, *(self._deadline(slot) - now for slot in references.values())])
+        done, _ = ray.wait(list(references), num_returns=1, timeout=max(0.0, patience)) if references else ([], [])
+        outcomes: dict[str, Outcome] = {}
+        for slot in [references[reference] for reference in done]:
+            outcomes |= self._settle(slot)
+        for slot in self._slots:
+            if slot.reference is not None and time.monotonic() > self._deadline(slot):
+                outcomes |= self._give_up(slot)
+        while self._lost and any(slot.is_up and slot.job is None for slot in self._slots):
+            self._give(self._lost.pop(0))
+        return outcomes
+
+    def _start(self, number: int) -> _Slot:
+        import ray
+
+        options: dict[str, Any] = {"num_cpus": self.evaluators.cpus, "num_gpus": self.evaluators.gpus}
+        if self.evaluators.memory_bytes is not None:
+            options["memory"] = self.evaluators.memory_bytes
+        actor_class = ray.remote(TrialEvaluator).options(max_restarts=0, name=None, **options)
+        actor = actor_class.remote(self.backend, self.evaluators.scratch, self.name, self.fence, number)
+        return _Slot(number, actor, actor.ready.remote(), time.monotonic())
+
+    def _give(self, job: _Job) -> None:
+        slot = next(slot for slot in self._slots if slot.is_up and slot.job is None)
+        slot.job, slot.since, slot.reference = job, time.monotonic(), slot.actor.run.remote(job.work)
+
+    def _deadline(self, slot: _Slot) -> float:
+        seconds = self.evaluators.timeout_seconds if slot.is_up else self.evaluators.start_timeout_seconds
+        return slot.since + seconds
+
+    def _settle(self, slot: _Slot) -> Mapping[str, Outcome]:
+        """Take what an actor's reference gives: that it is up, an outcome, or the news of its end."""
+        import ray
+
+        reference, slot.reference = slot.reference, None
+        job, slot.job = slot.job, None
+        try:
+            result = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            self._replace(slot, error if job is None else None)
+            return {} if job is None else {job.key: Outcome(failure=f"the evaluator raised {_reason(error)}")}
+        except ray.exceptions.RayError as error:
+            self._replace(slot, error if job is None else None)
+            return self._lose(job, f"{_reason(error)}") if job else {}
+        if job is None:
+            slot.is_up, slot.pid, self._start_failures = True, result, 0
+            return {}
+        slot.first_bytes = slot.first_bytes or result.memory_bytes
+        if not result.is_evaluator_sound or has_grown(slot.first_bytes, result.memory_bytes):
+            self._replace(slot)
+        return {job.key: result}
+
+    def _lose(self, job: _Job, reason: str) -> Mapping[str, Outcome]:
+        job.losses += 1
+        if job.losses <= MAX_LOSSES:
+            self._lost.append(job)
+            return {}
+        return {
+            job.key: Outcome(failure=f"its evaluator was lost {job.losses} times, often for want of memory: {reason}")
+        }
+
+    def _give_up(self, slot: _Slot) -> Mapping[str, Outcome]:
+        """End an evaluator that is past its deadline."""
+        job, slot.job = slot.job, None
+        if job is not None:
+            self._replace(slot)
+            seconds = self.evaluators.timeout_seconds
+            return {job.key: Outcome(failure=f"timed out after {seconds:g} s (evaluators: timeout_seconds)")}
+        if not any(other.is_up for other in self._slots):
+            raise StudyError(self._no_evaluator())
+        slot.since = time.monotonic()  # the others do the work; this one may come when the cluster has room
+        return {}
+
+    def _replace(self, slot: _Slot, start_failure: Exception | None = None) -> None:
+        import ray
+
+        if start_failure is not None:
+            self._start_failures += 1
+            if self._start_failures >= MAX_START_FAILURES:
+                raise StudyError(
+                    f"{self._start_failures} evaluators in a row failed to start: {_reason(start_failure)}"
+                ) from start_failure
+        ray.kill(slot.actor)
+        self._slots[self._slots.index(slot)] = self._start(slot.number)
+
+    def _no_evaluator(self) -> str:
+        import ray
+
+        wanted = self.evaluators
+        asked = f"{wanted.cpus:g} CPUs, {wanted.gpus:g} GPUs"
+        if wanted.memory_bytes is not None:
+            asked += f", {wanted.memory_bytes / 1e9:.1f} GB"
+        total = ray.cluster_resources()
+        return (
+            f"no evaluator came up within {wanted.start_timeout_seconds:g} s: each asks for {asked}; "
+            f"the cluster has {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs, "
+            f"{total.get('memory', 0) / 1e9:.1f} GB in all; ask for less under `evaluators:`, or give the cluster more"
+        )
+
+
+def has_grown(first_bytes: int, now_bytes: int) -> bool:
+    """Whether an evaluator's memory has doubled since its first candidate, and by a figure that matters."""
+    return now_bytes > 2 * first_bytes and now_bytes - first_bytes > GROWTH_BYTES
+
+
+def _reason(error: Exception) -> str:
+    """A Ray failure in one line: the cause where it knows one, else the last line of its traceback or report."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:400] if lines else 'no reason given'}"

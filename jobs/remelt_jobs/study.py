@@ -1,0 +1,390 @@
+"""A study from end to end: score the starts, search, select, publish the winner, report.
+
+The journal is the study. Every step writes what it found there before the next begins, and the state is folded from it,
+so a study that is run again goes on where it was, whatever ended it. Publication is the merge engine's commit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from remelt.errors import NumericsError, OutputError, RecipeError, StudyError
+from remelt.executor import Executor
+from remelt.merge import merge_recipe, open_checkpoints
+from remelt.planner import build_plan
+from remelt.receipts import write_file_durably
+from remelt.searchers import build_searcher
+from remelt.verify import verify_merge
+from remelt_evals.eval_report import Role, report_to_json
+from remelt_jobs.candidates import (
+    Candidate,
+    bound_recipe,
+    checkpoint_identity,
+    published_recipe,
+    starting_candidates,
+    with_absolute_paths,
+)
+from remelt_jobs.evaluator_pool import EvaluatorPool
+from remelt_jobs.journal import Journal, Record, read_journal
+from remelt_jobs.lease import STALE_AFTER_SECONDS, Lease, take_lease
+from remelt_jobs.ray_session import ray_session
+from remelt_jobs.study_config import StudyConfig
+from remelt_jobs.study_progress import OnProgress, Phase, StudyProgress, Watch
+from remelt_jobs.study_result import BEST, EVALUATIONS, REPORTS, StudyResult, build_result
+from remelt_jobs.study_state import StudyState, outcome_fields
+from remelt_jobs.study_tables import write_candidate, write_trials_so_far
+from remelt_jobs.trial import Outcome, Work
+
+POLL_SECONDS = 1.0
+
+
+def run_study(
+    config: StudyConfig,
+    output: Path,
+    *,
+    takeover: bool = False,
+    stale_after_seconds: float = STALE_AFTER_SECONDS,
+    executor: Executor | None = None,
+    progress: OnProgress | None = None,
+) -> StudyResult:
+    """Run a study in `output`, go on with it, or, where it is finished, say what came of it.
+
+    Evaluators and the winner's merge run on the Ray cluster at RAY_ADDRESS, else on one started for the purpose.
+
+    Args:
+        output: The study's directory: journal, lease, evaluations, reports, and the winner in `best`.
+        takeover: Take the lease even from a driver that seems alive.
+        executor: Merges the winner; by default Ray tasks.
+        progress: Told of every step, in this thread.
+
+    Raises:
+        StudyError: Another study or another driver has the directory, or nothing could be scored.
+        RecipeError, CheckpointError, MismatchError, BudgetError: Before anything is started.
+    """
+    _refuse_foreign(output)
+    state = StudyState.of(read_journal(output))
+    _check_identity(config, state, output)
+    if state.num_done >= config.num_trials:
+        return build_result(config, state, output, is_reused=True)
+    identity = _plan_ahead(config)
+    with ExitStack() as stack:
+        lease = stack.enter_context(
+            take_lease(output, takeover=takeover, stale_after_seconds=stale_after_seconds).kept_alive()
+        )
+        journal = stack.enter_context(Journal(output, lease))
+        # Started on the spot, a cluster holds all evaluators, and one worker for the winner's merge.
+        num_cpus = math.ceil(config.evaluators.count * config.evaluators.cpus) + 1
+        stack.enter_context(ray_session(num_cpus=max(num_cpus, len(os.sched_getaffinity(0)))))
+        study = _Study(config, output, lease, journal, executor, progress or (lambda step: None))
+        return study.run(identity)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Refuse a directory that is no study's but holds something by a name that a study writes."""
+    if (output / "journal").is_dir():
+        return
+    taken = [name for name in (BEST, EVALUATIONS, "lease", "journal") if (output / name).exists()]
+    if taken:
+        raise StudyError(f"{output} holds {', '.join(taken)}, and no study of ours; choose another --output")
+
+
+def _check_identity(config: StudyConfig, state: StudyState, output: Path) -> None:
+    if state.identity is not None and state.identity["study_id"] != config.study_id:
+        known, asked = state.identity["canonical"], config.canonical()
+        changed = ", ".join(key for key in asked if asked[key] != known.get(key)) or "its form"
+        raise StudyError(
+            f"{output} holds another study ({state.identity['study_id'][:12]}, this one is {config.study_id[:12]}; "
+            f"they differ in: {changed}); choose another --output"
+        )
+
+
+def _plan_ahead(config: StudyConfig) -> Record:
+    """Refuse in seconds what could not be merged; returns the study's first record."""
+    indexes = open_checkpoints(config.recipe)
+    uniform = starting_candidates(config.recipe, config.space)[0]
+    plan = build_plan(config.recipe.bind(uniform.values), indexes)
+    if plan.warnings:
+        raise RecipeError("this recipe cannot be searched: " + "; ".join(plan.warnings))
+    return {
+        "type": "study",
+        "study_id": config.study_id,
+        "canonical": config.canonical(),
+        "inputs": {
+            ref.name: checkpoint_identity(index) for ref, index in zip(config.recipe.checkpoints, indexes, strict=True)
+        },
+        "numerics": plan.settings.numerics,
+    }
+
+
+class _Study:
+    """One driver's run of a study, under its lease."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        output: Path,
+        lease: Lease,
+        journal: Journal,
+        executor: Executor | None,
+        on_progress: OnProgress,
+    ) -> None:
+        self.config = config
+        self.output = output
+        self.lease = lease
+        self.journal = journal
+        self.executor = executor
+        self.on_progress = on_progress
+        self.state = StudyState.of(journal.records)
+        self.recipe = with_absolute_paths(config.recipe)
+        self.reports = config.reports or output / REPORTS
+        self.starts = starting_candidates(config.recipe, config.space)
+        self.searcher = build_searcher(config.searcher, config.space, config.seed, config.searcher_options)
+
+    def run(self, identity: Record) -> StudyResult:
+        self._begin(identity)
+        self.inputs: dict[str, str] = identity["inputs"]
+        with ExitStack() as stack:
+            pool = _LazyPool(self._pool, stack)
+            self._search(pool)
+            self._select(pool)
+            self._report(pool, [number for number in self._baselines() if number != self.state.winner])
+            self._publish(pool)
+            assert self.state.winner is not None
+            self._report(pool, [self.state.winner])
+        result = build_result(self.config, self.state, self.output)
+        write_file_durably(self.output / "result.json", result.to_json().encode())
+        write_trials_so_far(self.reports, self.config, self.state)
+        self._record({"type": "done", "trials": len(self.state.finished)})
+        return result
+
+    def _begin(self, identity: Record) -> None:
+        """Write what is studied, or compare it with what was: another driver may have come before us."""
+        _check_identity(self.config, self.state, self.output)
+        if self.state.identity is None:
+            self._record(identity)
+            return
+        known = self.state.identity
+        changed = [name for name, digest in identity["inputs"].items() if known["inputs"].get(name) != digest]
+        if changed:
+            raise StudyError(
+                f"{', '.join(changed)} changed since the study in {self.output} began, so its scores no longer hold; "
+                "put the old weights back, or choose another --output"
+            )
+        if known["numerics"] != identity["numerics"]:
+            raise NumericsError(
+                f"{self.output} was begun with numerics {known['numerics']}, this host computes with "
+                f"{identity['numerics']}; go on where it was begun, or choose another --output"
+            )
+
+    def _pool(self) -> EvaluatorPool:
+        backend = replace(self.config.backend, threads=max(1, int(self.config.evaluators.cpus)))
+        return EvaluatorPool(self.config.evaluators, backend, self.config.study_id[:16], self.lease.fence)
+
+    def _record(self, record: Record) -> None:
+        """To the journal, then to the state: what was not written did not happen."""
+        record = {**record, "at": _now()}
+        self.journal.append(record)
+        self.state.apply(record)
+
+    # Search
+
+    def _search(self, pool: _LazyPool) -> None:
+        """Trials until the budget is spent: what a dead driver left, then the starts, then the searcher's."""
+        abandoned = list(self.state.unfinished)
+        watch = Watch(len(self.state.finished))
+        while len(self.state.finished) < self.config.num_trials:
+            evaluators = pool.open()
+            while evaluators.has_room and (abandoned or len(self.state.candidates) < self.config.num_trials):
+                candidate = abandoned.pop(0) if abandoned else self._ask()
+                evaluators.submit(str(candidate.number), self._work(candidate, "search"))
+            for key, outcome in evaluators.wait(POLL_SECONDS).items():
+                self._finish_trial(self.state.candidates[int(key)], outcome)
+                self._tell("search", watch, len(self.state.finished), self.config.num_trials, self._sentence(int(key)))
+
+    def _ask(self) -> Candidate:
+        """The next candidate, on disk before anything is done with it."""
+        number = len(self.state.candidates)
+        if number < len(self.starts):
+            candidate = self.starts[number]
+        else:
+            point = dict(self.searcher.ask(number, self.state.seen))
+            values = self.config.space.values(point)
+            label = f"trial {number}"
+            candidate = Candidate(number=number, origin="searcher", label=label, point=point, values=values)
+        asked_after = len(self.state.finished)
+        self._record({"type": "asked", "candidate": candidate.to_record(), "asked_after": asked_after})
+        return candidate
+
+    def _finish_trial(self, candidate: Candidate, outcome: Outcome) -> None:
+        self._keep_report(candidate, outcome)
+        self._record({"type": "finished", "trial": candidate.number, **outcome_fields(outcome)})
+        write_trials_so_far(self.reports, self.config, self.state)
+
+    def _work(self, candidate: Candidate, role: Role) -> Work:
+        evaluators = self.config.evaluators
+        place = candidate.model
+        return Work(
+            recipe=bound_recipe(self.recipe, candidate),
+            checkpoint=None if place is None else self.recipe.checkpoints[place].source,
+            role=role,
+            suite=str(Path(self.config.suite.path).absolute()),
+            suite_digest=self.config.suite.digest,
+            memory_bytes=None if evaluators.memory_bytes is None else evaluators.memory_bytes // 2,
+            num_evaluators=evaluators.count,
+            threads=max(1, int(evaluators.cpus)),
+        )
+
+    # Selection
+
+    def _select(self, pool: _LazyPool) -> None:
+        """Score the finalists on selection items, and name the winner."""
+        finalists = self.state.finalists(self.config.finalists)
+        if not finalists:
+            reasons = sorted({str(record["failure"]) for record in self.state.finished.values()})
+            raise StudyError(f"all {len(self.state.finished)} trials failed: {'; '.join(reasons[:3])}")
+        works = {number: self._work(self.state.candidates[number], "selection") for number in finalists}
+        self._score(pool, "selection", works)
+        winner = self.state.choose_winner(finalists)
+        if winner != self.state.winner:
+            self._record({"type": "winner", "trial": winner, "finalists": finalists})
+
+    def _score(self, pool: _LazyPool, role: Literal["selection", "report"], works: dict[int, Work]) -> None:
+        """Score candidates on the items of a role, those not scored yet; failures are recorded."""
+        waiting = [number for number in works if (role, number) not in self.state.scored]
+        total, watch = len(waiting), Watch(0)
+        num_done = 0
+        while num_done < total:
+            evaluators = pool.open()
+            while waiting and evaluators.has_room:
+                number = waiting.pop(0)
+                evaluators.submit(str(number), works[number])
+            for key, outcome in evaluators.wait(POLL_SECONDS).items():
+                number = int(key)
+                self._keep_report(self.state.candidates[number], outcome)
+                self._record({"type": "scored", "role": role, "trial": number, **outcome_fields(outcome)})
+                num_done += 1
+                self._tell(
+                    role, watch, num_done, total, f"{self.state.candidates[number].label} scored on {role} items"
+                )
+
+    # Publication and report
+
+    def _publish(self, pool: _LazyPool) -> None:
+        """Merge the winner for real, verify it, and see that it is what was scored."""
+        winner = self.state.winner
+        assert winner is not None
+        if self.state.published is not None and self.state.published["trial"] == winner:
+            return
+        self.lease.check()
+        pool.make_room()
+        self._tell("publication", Watch(0), 0, 1, f"merging {self.state.candidates[winner].label}")
+        candidate = self.state.candidates[winner]
+        path = self.output / BEST
+        merged = merge_recipe(
+            published_recipe(self.config.recipe, candidate),
+            path,
+            executor=self.executor or _ray_executor(),
+            # Only an earlier winner of this very study can be in the way.
+            force=bool(self.state.earlier_winners),
+        )
+        problems = list(verify_merge(path).problems)
+        if self.config.backend.name == "hf":
+            from remelt_evals.loading_check import check_loading
+
+            problems += check_loading(path).problems
+        if problems:
+            raise OutputError(f"{path} does not verify: {'; '.join(problems[:5])}")
+        scored = self.state.finished[winner]["digest"]
+        if candidate.model is None and merged.digest != scored:
+            raise NumericsError(
+                f"{path} has the digest {merged.digest[:12]}, the merge that was scored had {scored[:12]}: an "
+                "evaluator computed with other versions than the workers; install the same on every node"
+            )
+        self._record({"type": "published", "trial": winner, "digest": merged.digest, "run_id": merged.run_id})
+        self._tell("publication", Watch(0), 1, 1, f"{candidate.label} is merged and verified")
+
+    def _baselines(self) -> Iterable[int]:
+        """Trials of the uniform merge and of every single parent."""
+        return [one.number for one in self.starts if one.origin in ("uniform", "parent")]
+
+    def _report(self, pool: _LazyPool, numbers: Iterable[int]) -> None:
+        """Score on report items. The winner is read from where it was published."""
+        works = {}
+        for number in numbers:
+            work = self._work(self.state.candidates[number], "report")
+            if number == self.state.winner:
+                work = replace(work, recipe=None, checkpoint=str((self.output / BEST).absolute()))
+            works[number] = work
+        self._score(pool, "report", works)
+
+    def _keep_report(self, candidate: Candidate, outcome: Outcome) -> None:
+        """Samples and all: Parquet for everyone, JSON of report items for the paired comparison."""
+        if outcome.report is None:
+            return
+        self.lease.check()
+        write_candidate(self.reports, self.config, self.inputs, candidate, outcome)
+        if outcome.report.role == "report" and outcome.report.is_ok:
+            folder = self.output / EVALUATIONS
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{outcome.report.evaluation_id}.json"
+            write_file_durably(path, report_to_json(outcome.report).encode())
+
+    # Progress
+
+    def _sentence(self, number: int) -> str:
+        record, label = self.state.finished[number], self.state.candidates[number].label
+        if record["failure"]:
+            return f"{label} failed: {record['failure']}"
+        return f"{label} scored {record['score']:.4f} in {record['seconds']:.1f} s"
+
+    def _tell(self, phase: Phase, watch: Watch, num_done: int, num_total: int, last: str) -> None:
+        best = self.state.ranking[0] if self.state.ranking else None
+        self.on_progress(
+            StudyProgress(
+                phase=phase,
+                num_done=num_done,
+                num_total=num_total,
+                best_label=None if best is None else self.state.candidates[best].label,
+                best_score=None if best is None else self.state.score(best),
+                eta_seconds=watch.eta_seconds(num_done, num_total),
+                last=last,
+            )
+        )
+
+
+class _LazyPool:
+    """A pool that starts when it is first wanted: a resumed study may have nothing left to score."""
+
+    def __init__(self, make: Callable[[], EvaluatorPool], stack: ExitStack) -> None:
+        self._make, self._stack = make, stack
+        self._pool: EvaluatorPool | None = None
+
+    def open(self) -> EvaluatorPool:
+        if self._pool is None:
+            self._pool = self._stack.enter_context(self._make())
+        return self._pool
+
+    def make_room(self) -> None:
+        """Leave a CPU to others: idle evaluators that hold them all are ended, and start anew when wanted."""
+        import ray
+
+        if self._pool is not None and ray.available_resources().get("CPU", 0) < 1:
+            self._stack.close()
+            self._pool = None
+
+
+def _ray_executor() -> Executor:
+    from remelt_jobs.ray_executor import RayExecutor
+
+    return RayExecutor()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,71 @@
+"""A study's rows in the Parquet reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+from remelt_evals.report_tables import ParentRow, RunContext, TrialRow, write_evaluation, write_trials
+from remelt_jobs.candidates import Candidate, bound_recipe
+from remelt_jobs.study_config import StudyConfig
+from remelt_jobs.study_state import StudyState
+from remelt_jobs.trial import Outcome
+
+
+def trial_id(study_id: str, number: int) -> str:
+    """A trial's id: its study's, and its number."""
+    return f"{study_id}-{number}"
+
+
+def write_candidate(
+    reports: Path, config: StudyConfig, inputs: Mapping[str, str], candidate: Candidate, outcome: Outcome
+) -> None:
+    """Write one evaluation of a candidate: runs, metrics and samples, with every id that leads to it.
+
+    Args:
+        inputs: Identity of each of the recipe's checkpoints, by name.
+    """
+    assert outcome.report is not None
+    recipe = bound_recipe(config.recipe, candidate)
+    context = RunContext(
+        study_id=config.study_id,
+        trial_id=trial_id(config.study_id, candidate.number),
+        trial_number=candidate.number,
+        candidate_id=outcome.candidate_id,
+        recipe_json=None if recipe is None else json.dumps(recipe.canonical(), sort_keys=True),
+        parents=tuple(ParentRow(ref.source, None, inputs[ref.name]) for ref in config.recipe.checkpoints),
+        coefficients=candidate.values or None,
+    )
+    write_evaluation(reports, outcome.report, context)
+
+
+def write_trials_so_far(reports: Path, config: StudyConfig, state: StudyState) -> Path:
+    """Write the trials table anew, as it is done with every trial for those who watch."""
+    assert state.identity is not None
+    started = datetime.fromisoformat(state.identity["at"])
+    rows = [_trial_row(config.study_id, state, candidate) for candidate in state.candidates.values()]
+    return write_trials(reports, config.study_id, rows, study_started_at=started)
+
+
+def _trial_row(study_id: str, state: StudyState, candidate: Candidate) -> TrialRow:
+    number = candidate.number
+    record = state.finished.get(number, {})
+    records = [record, state.scored.get(("selection", number), {}), state.scored.get(("report", number), {})]
+    finished_at = record.get("at")
+    return TrialRow(
+        trial_id=trial_id(study_id, number),
+        trial_number=number,
+        state=record.get("state", "RUNNING"),
+        label=candidate.label,
+        candidate_id=record.get("candidate_id"),
+        evaluation_ids=tuple(each["evaluation_id"] for each in records if each.get("evaluation_id")),
+        score=record.get("score"),
+        scores=record.get("abilities") or None,
+        coefficients=candidate.values or None,
+        error=record.get("failure"),
+        started_at=datetime.fromisoformat(state.asked_at[number]),
+        finished_at=None if finished_at is None else datetime.fromisoformat(finished_at),
+        seconds=record.get("seconds"),
+    )
