@@ -234,11 +234,12 @@ class Banded(Elementwise):
         table = self._upper[worker]
         if table is not None:
             with self._lock:
-                self._totals += table.reshape(len(table), select.UPPER_BINS, select.TABLES).sum(2, dtype=np.int64)
+                for table_place in range(select.TABLES):
+                    self._totals += table[:, table_place :: select.TABLES]
             table[:] = 0
 
     def _gather(self, block: Block, addresses: NDArray[np.uint64], count: int) -> None:
-        capacities = np.minimum(self._sizes, count)
+        capacities = np.minimum(self._sizes, count) + 1
         offsets = np.cumsum(capacities) - capacities
         found = np.empty(int(capacities.sum()), np.uint16)
         leaf_counts = np.zeros((len(self._cuts), self._sources.num_leaves(block)), np.int64)

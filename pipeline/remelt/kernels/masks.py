@@ -59,18 +59,18 @@ def drop_chunk(values, size, keys, first, threshold, factor):  # type: ignore[no
 
 
 @compiled
-def drop_by_rank(values, ranks, size, keys, first, thresholds, factors):  # type: ignore[no-untyped-def]
-    """DELLA: zero what is drawn out under the threshold of its rank, multiply the rest by the factor of its rank."""
-    done = 0
-    while done < size:
-        index = first + done
-        low = np.uint32(index & (SPAN - 1))
-        num = min(size - done, SPAN - (index & (SPAN - 1)))
-        k0, k1 = keys[index >> 32, 0], keys[index >> 32, 1]
-        piece = values[done : done + num]
-        places = ranks[done : done + num]
-        for j in range(num):
-            bits = draw(np.uint32(low + np.uint32(j)), k0, k1)
-            rank = places[j]
-            piece[j] = piece[j] * factors[rank] if bits < thresholds[rank] else np.float32(0.0)
-        done += num
+def drop_by_rank(values, ranks, size, keys, first, thresholds, factors, bits, limits, scales):  # type: ignore[no-untyped-def]
+    """DELLA: zero what is drawn out under the threshold of its rank, multiply the rest by the factor of its rank.
+
+    `bits`, `limits` (uint32) and `scales` (float32) are scratch of at least `size`: look-ups and comparisons are loops of
+    their own because a look-up inside the conditional would become a branch that is mispredicted half of the time.
+    """
+    draw_run(keys, first, size, bits)
+    for j in range(size):
+        rank = ranks[j]
+        limits[j] = thresholds[rank]
+        scales[j] = factors[rank]
+    for j in range(size):
+        scales[j] = values[j] * scales[j]
+    for j in range(size):
+        values[j] = scales[j] if bits[j] < limits[j] else np.float32(0.0)

@@ -14,12 +14,12 @@ from remelt.kernels.weighted import LANES, read_chunk
 
 @compiled
 def thin_row(  # type: ignore[no-untyped-def]
-    values, size, first, has_draws, keys, thresholds, factors, start, stop, sort_keys, work, counts, ranks
+    values, size, first, has_draws, keys, thresholds, factors, start, stop, sort_keys, work, counts, ranks, scales
 ):
     """Thin one row of one model in place: by draws under its ranks, or to descending ranks [start, stop)."""
     if has_draws:
         ranks_of(values, size, False, sort_keys, work, counts, ranks)
-        drop_by_rank(values, ranks, size, keys, first, thresholds, factors)
+        drop_by_rank(values, ranks, size, keys, first, thresholds, factors, work[0], work[1], scales)
     else:
         ranks_of(values, size, True, sort_keys, work, counts, ranks)
         for j in range(size):
@@ -63,6 +63,7 @@ def thin_rows(  # type: ignore[no-untyped-def]
     sort_keys = np.empty(row_length, np.uint32)
     ranks = np.empty(row_length, np.uint32)
     work = np.empty((3, row_length), np.uint32)
+    row_scales = np.empty(row_length, np.float32)
     counts = np.empty((MAX_DIGITS, 1 << DIGIT_BITS), np.uint32)
     scratch = np.empty((3, CHUNK), np.float32)
     lanes = np.zeros((2 * num_models, LANES), np.float64)
@@ -94,6 +95,7 @@ def thin_rows(  # type: ignore[no-untyped-def]
                             work,
                             counts,
                             ranks,
+                            row_scales,
                         )
                 if len(norms):
                     add_magnitudes(kept[i], size, lanes[2 * i + 1])

@@ -19,7 +19,6 @@ UPPER_BINS = 1 << 15
 LOWER_BINS = 1 << 16
 TABLES = 2
 """Interleaved counters for each bin: the same bin again would otherwise wait for its own last store."""
-GROUP = 32
 NEVER = 0xFFFFFFFF
 
 
@@ -56,16 +55,6 @@ def count_upper(addresses, kinds, is_wanted, count, histograms):  # type: ignore
 
 
 @compiled
-def holds_bin(bits, start, wanted):  # type: ignore[no-untyped-def]
-    """Whether one of GROUP elements lies in the bin."""
-    found = np.uint32(0)
-    piece = bits[start : start + GROUP]
-    for j in range(GROUP):
-        found = np.uint32(found | np.uint32(1 if np.uint32(piece[j] >> np.uint32(16)) == wanted else 0))
-    return found != np.uint32(0)
-
-
-@compiled
 def gather_lower(  # type: ignore[no-untyped-def]
     addresses, kinds, models, bins, leaf_elements, count, found, offsets, leaf_counts
 ):
@@ -90,17 +79,11 @@ def gather_lower(  # type: ignore[no-untyped-def]
                     magnitude_bits(addresses[i], kinds[i], base, start, size, values, bits)
                 wanted = bins[cut]
                 place = used[cut]
-                whole = size - size % GROUP
-                for group in range(0, whole, GROUP):
-                    if holds_bin(bits, group, wanted):
-                        for j in range(group, group + GROUP):
-                            if np.uint32(bits[j] >> np.uint32(16)) == wanted:
-                                found[place] = np.uint16(bits[j] & np.uint32(0xFFFF))
-                                place += 1
-                for j in range(whole, size):
-                    if np.uint32(bits[j] >> np.uint32(16)) == wanted:
-                        found[place] = np.uint16(bits[j] & np.uint32(0xFFFF))
-                        place += 1
+                for j in range(size):
+                    # Without a branch: written always, kept by moving on. `found` has one place to spare for each cut.
+                    key = bits[j]
+                    found[place] = np.uint16(key & np.uint32(0xFFFF))
+                    place += np.int64(1 if np.uint32(key >> np.uint32(16)) == wanted else 0)
                 used[cut] = place
         for cut in range(len(models)):
             leaf_counts[cut, leaf] = used[cut] - before[cut]
