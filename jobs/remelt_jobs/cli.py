@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -20,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_UsageError: Any = typer.BadParameter.__base__
+"""A command line that cannot be read; typer has no public name for it."""
 
 
 def _print_version(value: bool) -> None:
@@ -51,16 +54,29 @@ app.command("demo")(search_commands.demo)
 def main() -> None:
     """Entry point of the console script."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except RemeltError as error:
-        print(f"remelt: {error}", file=sys.stderr)
-        _exit(2)
+        _refuse(str(error))
+    except _UsageError as error:
+        if not sys.argv[1:]:
+            error.show()
+            _exit(2)
+        command = error.ctx.command_path if error.ctx else "remelt"
+        _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
     except BrokenPipeError:
         # The reader of our output went away, as `| head` does.
         _exit(0)
+    # A command returns nothing; what ended by typer.Exit comes back as its status.
+    _exit(status or 0)
 
 
-def _exit(status: int) -> None:
+def _refuse(message: str) -> NoReturn:
+    # One line, whatever a file name or another library's error brought into it.
+    print(f"remelt: {' '.join(message.splitlines())}", file=sys.stderr)
+    _exit(2)
+
+
+def _exit(status: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
