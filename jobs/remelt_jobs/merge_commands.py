@@ -185,9 +185,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a checkpoint holds, from its metadata alone."""
-    from remelt.inspection import inspect as look
-
     from remelt.formats import open_checkpoint
+    from remelt.inspection import inspect as look
     from remelt_jobs.tables import print_inspection
 
     found = look(open_checkpoint(checkpoint))
@@ -205,7 +204,6 @@ def diff(
 ) -> None:
     """Compare two checkpoints: per class and per tensor, absolute, rms and relative distance, and cosine."""
     from remelt.diff import diff as compare
-
     from remelt.formats import open_checkpoint
     from remelt_jobs.tables import print_diff
 
@@ -214,7 +212,7 @@ def diff(
     if parquet is not None:
         from remelt_evals.report_tables import write_diff
 
-        write_diff(report.rows(), parquet)
+        write_diff(report.to_table(), parquet)
         print(f"wrote {parquet}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,19 @@ import typer
 from remelt.errors import EvaluationError
 
 
+class RoleName(StrEnum):
+    """Whose items a checkpoint is scored on."""
+
+    SEARCH = "search"
+    SELECTION = "selection"
+    REPORT = "report"
+
+
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A path or Hub id.")],
     suite: Annotated[str, typer.Option("--suite", help="Suite in YAML, or `zoo`.")],
     reports: Annotated[Path, typer.Option("--reports", help="Directory of the Parquet tables.")],
-    role: Annotated[str, typer.Option("--role", help="search, selection or report: whose items.")] = "report",
+    role: Annotated[RoleName, typer.Option("--role", help="Whose items.")] = RoleName.REPORT,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many items of each task.")] = None,
     backend: Annotated[str, typer.Option("--backend", help="hf, or dummy (random answers, to try a suite).")] = "hf",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
@@ -29,11 +38,13 @@ def evaluate(
     from remelt_jobs.study_config import suite_path
     from remelt_jobs.tables import print_table
 
-    if role not in ("search", "selection", "report"):
-        raise EvaluationError(f"--role {role!r}: choose search, selection or report")
     opened = open_for_evaluation(checkpoint)
     request = EvalRequest(
-        checkpoint=str(opened.path), digest=opened.digest, suite=str(suite_path(suite)), role=role, limit=limit
+        checkpoint=str(opened.path),
+        digest=opened.digest,
+        suite=str(suite_path(suite)),
+        role=role.value,
+        limit=limit,
     )
     options = BackendOptions(name=backend, device=device)
     with EvaluatorProcess(options, timeout_seconds=timeout) as evaluator:
@@ -45,7 +56,7 @@ def evaluate(
         ["ability", "eval task", "metric", "score", "stderr", "items"],
         [[task.ability, task.task, task.metric, task.value, task.stderr, task.n] for task in report.tasks],
     )
-    print(f"objective {objective(report):.4f} on {role} items in {report.seconds:.1f} s")
+    print(f"objective {objective(report):.4f} on {role.value} items in {report.seconds:.1f} s")
     for note in report.notes:
         print(f"note: {note}")
     for path in paths:
