@@ -157,9 +157,9 @@ def suite_path(name: str, folder: Path = Path()) -> Path:
     """Where a suite's YAML is: `zoo` for the one that comes with remelt, else a path relative to `folder`."""
     if name != ZOO:
         return folder / name
-    import remelt_evals.zoo
+    from remelt_evals import zoo
 
-    return Path(remelt_evals.zoo.__path__[0]) / "suite.yaml"
+    return zoo.suite_path()
 
 
 def _read_recipe(top: Section, where: str, folder: Path) -> Recipe:

@@ -73,7 +73,7 @@ class StudyResult:
     rows: tuple[ResultRow, ...]
     """Parents in the order of the recipe, the uniform merge, the winner."""
     versus: tuple[Versus, ...]
-    """Against the best parent, then against uniform; without what could not be scored, or is the winner itself."""
+    """Against the best parent, then against uniform; without what could not be scored."""
     num_trials: int
     num_failed: int
     notes: tuple[str, ...]
@@ -165,8 +165,11 @@ def objective_stderr(report: EvalReport) -> float | None:
 
 
 def _versus(winner: Candidate, baselines: list[Candidate], reports: Mapping[int, EvalReport]) -> tuple[Versus, ...]:
-    """Comparisons with the parent that is best on these items, and with the uniform merge."""
-    scored = [one for one in baselines if one.number in reports and one.number != winner.number]
+    """Comparisons with the parent that is best on these items, and with the uniform merge.
+
+    Where one of them is the winner itself, the difference is nothing, and that is what is said.
+    """
+    scored = [one for one in baselines if one.number in reports]
     parents = sorted((one for one in scored if one.origin == "parent"), key=lambda o: -objective(reports[o.number]))
     uniform = [one for one in scored if one.origin == "uniform"]
     pairs: list[tuple[Literal["best parent", "uniform"], Candidate]] = []

@@ -22,6 +22,7 @@ from remelt_jobs.lease import take_lease
 from remelt_jobs.study import run_study
 from remelt_jobs.study_config import StudyConfig, parse_study
 from remelt_jobs.study_progress import StudyProgress
+from remelt_jobs.study_report import print_study, progress_line, study_files
 from remelt_jobs.study_result import StudyResult
 from remelt_jobs.study_state import StudyState
 from study_fixtures import make_document
@@ -134,7 +135,10 @@ def test_the_result_reports_parents_uniform_and_best_on_report_items(study: Fini
         assert macro.difference == pytest.approx(result.rows[-1].objective - other.objective)
         assert macro.low <= macro.difference <= macro.high
     best_parent = max((row for row in result.rows if row.kind == "parent"), key=lambda row: row.objective)
-    assert best_parent.label == result.versus[0].label or result.winner == best_parent.label
+    assert [(versus.against, versus.label) for versus in result.versus] == [
+        ("best parent", best_parent.label),
+        ("uniform", "uniform"),
+    ]
     written = json.loads((result.output / "result.json").read_text())
     assert [row["label"] for row in written["rows"]] == [row.label for row in result.rows]
 
@@ -187,6 +191,28 @@ def test_a_finished_study_does_nothing(study: Finished) -> None:
     assert again.rows == study.result.rows
     assert again.versus == study.result.versus
     assert {path: path.stat().st_mtime_ns for path in study.result.output.rglob("*")} == before
+
+
+@pytest.mark.ray
+def test_the_table_names_every_row_every_interval_and_files_that_exist(
+    study: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_study(study.result)
+    printed = capsys.readouterr().out
+    for words in ("parent p1", "parent p2", "parent p3", "uniform merge", "best merge", "sums", "words", "macro"):
+        assert words in printed
+    macro = study.result.versus[0].comparison.macro
+    assert f"{macro.difference:+.3f} [{macro.low:+.3f}, {macro.high:+.3f}]" in printed
+    for path, _ in study_files(study.result):
+        assert Path(path).exists()
+        assert f"wrote {path}" in printed
+    print_study(run_study(study.config, study.result.output))
+    assert "nothing done" in capsys.readouterr().out
+
+
+def test_a_line_of_progress_says_how_far_what_the_best_and_how_long() -> None:
+    step = StudyProgress("search", 3, 40, "uniform", 0.5, 65.0, "p2 scored 0.4000 in 1.0 s")
+    assert progress_line(step) == "3/40 trials: p2 scored 0.4000 in 1.0 s; best 0.5000 (uniform); ETA 1:05"
 
 
 @pytest.mark.ray
