@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from remelt.kernels.compile import compiled
+from remelt.kernels.compile import compiled, part
 
 BF16, F16, F32, F64 = 0, 1, 2, 3
 KINDS: dict[str, int] = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F64}
@@ -59,7 +59,7 @@ float64_pointer = _pointer_intrinsic(types.float64)
 uint8_pointer = _pointer_intrinsic(types.uint8)
 
 
-@compiled
+@part
 def decode(address, kind, start, count, out):  # type: ignore[no-untyped-def]
     """Write elements [start, start + count) of the array at `address` into `out` as float32."""
     if kind == BF16:
@@ -90,7 +90,7 @@ def decode(address, kind, start, count, out):  # type: ignore[no-untyped-def]
             out[j] = np.float32(doubles[j])
 
 
-@compiled
+@part
 def encode(values, address, kind, start, count):  # type: ignore[no-untyped-def]
     """Write `values` as elements [start, start + count) of the array at `address`, rounding to nearest even."""
     if kind == BF16:

@@ -36,11 +36,16 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     fastmath off: IEEE operations in the order written, no contraction of a product and a sum.
     """
-    return _jit(function)
+    return _jit(function, {})
 
 
-def _jit(function: Callable[P, R]) -> Callable[P, R]:
-    options = {"nogil": True, "fastmath": False, "error_model": "numpy", "boundscheck": False}
+def part(function: Callable[P, R]) -> Callable[P, R]:
+    """As `compiled`, for a function that only kernels call: without the wrappers for Python, which cost time to compile."""
+    return _jit(function, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
+
+
+def _jit(function: Callable[P, R], extra: dict[str, bool]) -> Callable[P, R]:
+    options = {"nogil": True, "fastmath": False, "error_model": "numpy", "boundscheck": False} | extra
     before = config.CACHE_DIR
     config.CACHE_DIR = before or cache_dir()
     try:

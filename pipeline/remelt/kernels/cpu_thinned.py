@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from remelt.draws import draw_keys
 from remelt.kernels import elements, rows, select
-from remelt.kernels.combine import ELECT_UNWEIGHTED, ELECT_WEIGHTED, SUM
+from remelt.kernels.combine import GROUP
 from remelt.kernels.cpu_sources import Sources, address_of
 from remelt.kernels.cpu_weighted import add_leaves
 from remelt.kernels.program import Block
@@ -42,15 +42,20 @@ class Merge:
     norm_floor: float
 
     @property
-    def code(self) -> int:
-        return {None: SUM, "weighted": ELECT_WEIGHTED, "unweighted": ELECT_UNWEIGHTED}[self.elect]
+    def weights(self) -> NDArray[np.float32]:
+        """As the kernels take them, padded with zeros."""
+        return _padded(self.coefficients_K)
 
     @property
-    def weights(self) -> NDArray[np.float32]:
-        """As the kernels take them: without an election, lambda and the divisor are folded in."""
+    def ballots(self) -> NDArray[np.float32]:
+        """What votes are counted with; without an election, the weights with lambda and the divisor folded in."""
         if self.elect is None:
-            return np.array(folded(self.coefficients_K, self.lambda_, self.normalize), np.float32)
-        return np.array(self.coefficients_K, np.float32)
+            return _padded(folded(self.coefficients_K, self.lambda_, self.normalize))
+        return self.weights if self.elect == "weighted" else _padded([1.0] * len(self.coefficients_K))
+
+
+def _padded(numbers_K: Sequence[float]) -> NDArray[np.float32]:
+    return np.array([*numbers_K, *[0.0] * max(0, GROUP - len(numbers_K))], np.float32)
 
 
 def keys_of(sources: Sources, seed: int, streams_K: Sequence[int]) -> NDArray[np.uint32]:
@@ -69,7 +74,7 @@ class Thinned:
         self._sources, self._merge = sources, merge
         self._is_thinned = np.array(is_thinned_K, np.bool_)
         self._scales = np.ones(sources.num_models, np.float32)
-        self._weights = merge.weights
+        self._weights, self._ballots = merge.weights, merge.ballots
         self._has_norms = merge.rescale == "l1" and any(is_thinned_K)
         self._norms = np.zeros((sources.geometry.num_leaves if self._has_norms else 0, 2 * sources.num_models))
         self.num_rounds = self.selection_rounds + self._has_norms
@@ -134,7 +139,8 @@ class Elementwise(Thinned):
             block.first_row * sources.geometry.row_length,
             sources.num_elements(block),
             self._weights,
-            merge.code,
+            self._ballots,
+            merge.elect is not None,
             merge.normalize,
             np.float32(merge.lambda_),
             out_address,
@@ -369,7 +375,8 @@ class Ranked(Thinned):
             block.first_row,
             block.num_rows,
             self._weights,
-            merge.code,
+            self._ballots,
+            merge.elect is not None,
             merge.normalize,
             np.float32(merge.lambda_),
             out_address,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from remelt.kernels.codec import CHUNK, decode
-from remelt.kernels.combine import add_magnitudes, write_merged
+from remelt.kernels.codec import CHUNK, decode, encode
+from remelt.kernels.combine import add_magnitudes, merge_chunk
 from remelt.kernels.compile import compiled
 from remelt.kernels.masks import drop_chunk
 from remelt.kernels.select import keep_band
@@ -27,7 +27,8 @@ def thin_elements(  # type: ignore[no-untyped-def]
     first_element,
     count,
     weights,
-    elect,
+    ballots,
+    elects,
     normalize,
     lambda_,
     out_address,
@@ -49,7 +50,8 @@ def thin_elements(  # type: ignore[no-untyped-def]
     for leaf in range(num_leaves):
         lanes[:] = 0.0
         if not has_draws:
-            left[:] = ties[leaf]
+            for i in range(num_models):
+                left[i, 0], left[i, 1] = ties[leaf, i, 0], ties[leaf, i, 1]
         stop = min(count, (leaf + 1) * leaf_elements)
         for start in range(leaf * leaf_elements, stop, CHUNK):
             size = min(CHUNK, stop - start)
@@ -74,9 +76,8 @@ def thin_elements(  # type: ignore[no-untyped-def]
                     for j in range(size):
                         values[j] = values[j] * scale
             if len(norms) == 0:
-                write_merged(
-                    base, kept, 0, size, weights, elect, normalize, lambda_, scratch, out_address, out_kind, start
-                )
+                merge_chunk(base, kept, 0, size, weights, ballots, elects, normalize, lambda_, scratch)
+                encode(scratch[0], out_address, out_kind, start, size)
         if len(norms):
             for i in range(2 * num_models):
                 total = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from remelt.draws import MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, MIX_SHIFT_1, MIX_SHIFT_2, MIX_SHIFT_3
-from remelt.kernels.compile import compiled
+from remelt.kernels.compile import part
 
 M1, M2 = np.uint32(MIX_MULTIPLIER_1), np.uint32(MIX_MULTIPLIER_2)
 S1, S2, S3 = np.uint32(MIX_SHIFT_1), np.uint32(MIX_SHIFT_2), np.uint32(MIX_SHIFT_3)
@@ -13,7 +13,7 @@ SPAN = 1 << 32
 """Flat indexes that share one pair of keys."""
 
 
-@compiled
+@part
 def mix(x):  # type: ignore[no-untyped-def]
     """The 32-bit finaliser of `remelt.draws`."""
     x = np.uint32(np.uint32(x ^ np.uint32(x >> S1)) * M1)
@@ -21,13 +21,13 @@ def mix(x):  # type: ignore[no-untyped-def]
     return np.uint32(x ^ np.uint32(x >> S3))
 
 
-@compiled
+@part
 def draw(low, k0, k1):  # type: ignore[no-untyped-def]
     """32 bits for the element whose index has these lower 32 bits, under a pair of keys."""
     return mix(np.uint32(mix(np.uint32(low ^ k0)) + k1))
 
 
-@compiled
+@part
 def draw_run(keys, first, size, out):  # type: ignore[no-untyped-def]
     """Bits of flat indexes [first, first + size) of one model; `keys` is (spans of 2^32, 2)."""
     done = 0
@@ -42,7 +42,7 @@ def draw_run(keys, first, size, out):  # type: ignore[no-untyped-def]
         done += num
 
 
-@compiled
+@part
 def drop_chunk(values, size, keys, first, threshold, factor):  # type: ignore[no-untyped-def]
     """DARE: zero what is drawn out, multiply the rest by `factor`."""
     done = 0
@@ -58,7 +58,7 @@ def drop_chunk(values, size, keys, first, threshold, factor):  # type: ignore[no
         done += num
 
 
-@compiled
+@part
 def drop_by_rank(values, ranks, size, keys, first, thresholds, factors, bits, limits, scales):  # type: ignore[no-untyped-def]
     """DELLA: zero what is drawn out under the threshold of its rank, multiply the rest by the factor of its rank.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from remelt.kernels.codec import bits_of
-from remelt.kernels.compile import compiled
+from remelt.kernels.compile import part
 
 DIGIT_BITS = 11
 MAX_DIGITS = 3
@@ -20,7 +20,7 @@ SWAPS = 2
 """Expected insertion steps for each element above which the radix sort is quicker."""
 
 
-@compiled
+@part
 def magnitude_keys(values, size, keys):  # type: ignore[no-untyped-def]
     """Bits of the magnitudes; returns the largest."""
     largest = np.uint32(0)
@@ -31,7 +31,7 @@ def magnitude_keys(values, size, keys):  # type: ignore[no-untyped-def]
     return largest
 
 
-@compiled
+@part
 def upper_digits(keys, size, shift, floor, digits):  # type: ignore[no-untyped-def]
     """Bin of each key: 0 for zero, 1 for upper bits below `floor`, then one for each value of the upper bits.
 
@@ -49,7 +49,7 @@ def upper_digits(keys, size, shift, floor, digits):  # type: ignore[no-untyped-d
     return unsure
 
 
-@compiled
+@part
 def ranks_of(values, size, descending, keys, work, counts, ranks):  # type: ignore[no-untyped-def]
     """Stable ranks of the magnitudes of a row, from 0, into `ranks` (uint32).
 
@@ -111,7 +111,7 @@ def ranks_of(values, size, descending, keys, work, counts, ranks):  # type: igno
         ranks[order[place]] = np.uint32(place)
 
 
-@compiled
+@part
 def compact_keys(values, size, keys):  # type: ignore[no-untyped-def]
     """Order-preserving integers of the magnitudes, without shared and unused bits; returns how many bits they take."""
     smallest = np.uint32(0xFFFFFFFF)
@@ -141,7 +141,7 @@ def compact_keys(values, size, keys):  # type: ignore[no-untyped-def]
     return bits
 
 
-@compiled
+@part
 def radix_ranks(values, size, descending, keys, work, counts, ranks):  # type: ignore[no-untyped-def]
     """As `ranks_of`, by a least significant digit radix sort over the bits that differ."""
     bits = compact_keys(values, size, keys)

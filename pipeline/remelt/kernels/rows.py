@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from remelt.kernels.codec import CHUNK, decode
-from remelt.kernels.combine import add_magnitudes, write_merged
-from remelt.kernels.compile import compiled
+from remelt.kernels.codec import CHUNK, decode, encode
+from remelt.kernels.combine import add_magnitudes, merge_chunk
+from remelt.kernels.compile import compiled, part
 from remelt.kernels.masks import drop_by_rank
 from remelt.kernels.ranks import DIGIT_BITS, MAX_DIGITS, ranks_of
 from remelt.kernels.weighted import LANES, read_chunk
 
 
-@compiled
+@part
 def thin_row(  # type: ignore[no-untyped-def]
     values, size, first, has_draws, keys, thresholds, factors, start, stop, sort_keys, work, counts, ranks, scales
 ):
     """Thin one row of one model in place: by draws under its ranks, or to descending ranks [start, stop)."""
+    ranks_of(values, size, not has_draws, sort_keys, work, counts, ranks)
     if has_draws:
-        ranks_of(values, size, False, sort_keys, work, counts, ranks)
         drop_by_rank(values, ranks, size, keys, first, thresholds, factors, work[0], work[1], scales)
-    else:
-        ranks_of(values, size, True, sort_keys, work, counts, ranks)
-        for j in range(size):
-            is_kept = (ranks[j] >= np.uint32(start)) & (ranks[j] < np.uint32(stop))
-            values[j] = values[j] if is_kept else np.float32(0.0)
+        return
+    for j in range(size):
+        is_kept = (ranks[j] >= np.uint32(start)) & (ranks[j] < np.uint32(stop))
+        values[j] = values[j] if is_kept else np.float32(0.0)
 
 
 @compiled
@@ -43,7 +42,8 @@ def thin_rows(  # type: ignore[no-untyped-def]
     first_row,
     num_rows,
     weights,
-    elect,
+    ballots,
+    elects,
     normalize,
     lambda_,
     out_address,
@@ -107,10 +107,8 @@ def thin_rows(  # type: ignore[no-untyped-def]
             if len(norms) == 0:
                 for start in range(0, size, CHUNK):
                     num = min(CHUNK, size - start)
-                    write_merged(
-                        base, kept, start, num, weights, elect, normalize, lambda_, scratch,
-                        out_address, out_kind, place + start,
-                    )  # fmt: skip
+                    merge_chunk(base, kept, start, num, weights, ballots, elects, normalize, lambda_, scratch)
+                    encode(scratch[0], out_address, out_kind, place + start, num)
         if len(norms):
             leaf = leaf_start // leaf_rows
             for i in range(2 * num_models):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from remelt.kernels.codec import CHUNK, bits_of, decode
-from remelt.kernels.compile import compiled
+from remelt.kernels.compile import compiled, part
 from remelt.kernels.weighted import read_chunk
 
 UPPER_BINS = 1 << 15
@@ -22,7 +22,7 @@ TABLES = 2
 NEVER = 0xFFFFFFFF
 
 
-@compiled
+@part
 def magnitude_bits(address, kind, base, start, size, values, bits):  # type: ignore[no-untyped-def]
     """Bits of |x - base| for a chunk."""
     read_chunk(address, kind, base, True, start, size, values)
@@ -130,7 +130,7 @@ def count_ties(addresses, kinds, models, thresholds, leaf_elements, count, out):
                 out[leaf, cut] += ties
 
 
-@compiled
+@part
 def keep_band(values, size, low, high, ties_low, ties_high):  # type: ignore[no-untyped-def]
     """Zero magnitudes outside [low, high) in place; returns how many ties are left to pass at either end.
 

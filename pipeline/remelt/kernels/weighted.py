@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from remelt.kernels.codec import CHUNK, decode, encode
-from remelt.kernels.compile import compiled
+from remelt.kernels.compile import compiled, part
 
 LANES = 64
 
 
-@compiled
+@part
 def read_chunk(address, kind, base, has_base, start, count, out):  # type: ignore[no-untyped-def]
     """Decode a chunk of one model, minus the decoded base where there is one."""
     decode(address, kind, start, count, out)
@@ -49,7 +49,7 @@ def weighted_sum(addresses, kinds, coefficients, has_base, out_address, out_kind
         encode(total, out_address, out_kind, start, size)
 
 
-@compiled
+@part
 def add_products(a, b, count, lanes):  # type: ignore[no-untyped-def]
     """lanes[l] += a[j] * b[j] for every j with j mod LANES = l, in ascending order."""
     whole = count - count % LANES
