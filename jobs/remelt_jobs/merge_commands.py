@@ -80,7 +80,7 @@ def plan(
     if not loaded.is_bound:
         loaded = loaded.bind({variable.name: variable.init for variable in loaded.variables})
         print("note: ranges are planned at their starting values", file=sys.stderr)
-    executor = LocalExecutor(threads=threads, memory_bytes=_size(memory), device=device.value)
+    executor = LocalExecutor(threads=threads, memory_bytes=_size("--memory", memory), device=device.value)
     made = build_plan(loaded, open_checkpoints(loaded), executor.budget())
     if output is not None:
         check_output(made, output)
@@ -138,7 +138,7 @@ def merge(
         loaded = replace(loaded, allow_nonfinite=True)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
-    chosen = _executor(executor, threads, _size(memory), device, workers)
+    chosen = _executor(executor, threads, _size("--memory", memory), device, workers)
     started = time.perf_counter()
     with TerminalProgress() as progress:
         merged = merge_recipe(loaded, output, executor=chosen, progress=progress, force=force)
@@ -233,19 +233,23 @@ def _load(path: Path, compat: Compat | None, max_shard_size: str | None) -> Reci
 
     loaded = load_recipe(path, compat=None if compat is None else compat.value)
     if max_shard_size is not None:
-        loaded = replace(loaded, max_shard_bytes=_size(max_shard_size))
+        loaded = replace(loaded, max_shard_bytes=_size("--max-shard-size", max_shard_size))
     return loaded
 
 
-def _size(text: str | None) -> int | None:
+def _size(option: str, text: str | None) -> int | None:
+    """Bytes of a size that the command line gives; above 0, since 0 would pass for "not given" further down."""
     if text is None:
         return None
     from remelt.strict_config import parse_size
 
     try:
-        return parse_size(text)
+        size = parse_size(text)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"{option}: {error}") from error
+    if size <= 0:
+        raise RecipeError(f"{option}: {text!r} is no size to work with; give one above 0, such as 8GB")
+    return size
 
 
 def _executor(

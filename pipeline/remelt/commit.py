@@ -28,7 +28,7 @@ from remelt.layout import INDEX_FILE, SINGLE_FILE
 from remelt.model_card import model_card
 from remelt.plan import MergePlan, OutputRecord, Unit, UnitReceipt
 from remelt.receipts import RECEIPTS, SHARDS, find_receipt, find_shard, write_file_durably
-from remelt.sinks import sync_directory
+from remelt.sinks import sync_directory, unwritable
 
 WORK_DIR = ".remelt"
 MANIFEST_FILE = "remelt_manifest.json"
@@ -59,7 +59,7 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
     path = output / MANIFEST_FILE
     try:
         manifest = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise OutputError(
@@ -90,15 +90,22 @@ def check_output(plan: MergePlan, output: Path, *, force: bool = False) -> None:
     """Refuse an output that belongs to something else, or a disk without room; writes nothing.
 
     Raises:
-        OutputError: the directory holds another recipe's output or foreign files.
+        OutputError: the directory holds another recipe's output, foreign files, or a checkpoint that is merged, or
+            cannot be written.
         NumericsError: it holds an unfinished run of the same recipe with another numerics tag.
         BudgetError: not enough disk space.
     """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output {output}: is a file, not a directory; choose another")
+    home = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not home.is_dir():
+        raise OutputError(f"--output {output}: {home} is a file, not a directory; choose another")
+    if not os.access(home, os.W_OK):
+        raise OutputError(f"--output {output}: {home} cannot be written; choose another or change its permissions")
+    for model in plan.settings.models:
+        # With --force our own files there would be removed, and then missed as input.
+        if output.resolve() == Path(model.root).resolve():
+            raise OutputError(f"--output {output}: is the checkpoint {model.source} that is merged; choose another")
     if not force:
         _check_ownership(plan, output)
-    home = next(path for path in (output, *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(home).free
     work = output / WORK_DIR / SHARDS
     present = sum(path.stat().st_size for path in work.glob("*.safetensors")) if work.is_dir() else 0
@@ -108,8 +115,6 @@ def check_output(plan: MergePlan, output: Path, *, force: bool = False) -> None:
             f"not enough disk: {output} needs {needed:,} more bytes, {home} has {free:,} free; "
             "free some, or choose an --output on another disk"
         )
-    if not os.access(home, os.W_OK):
-        raise OutputError(f"--output {output}: {home} cannot be written; choose another or change its permissions")
 
 
 def _check_ownership(plan: MergePlan, output: Path) -> None:
@@ -158,11 +163,14 @@ class OutputRun:
         Raises OutputError where another process works on it.
         """
         check_output(self._plan, self._output, force=force)
-        self._output.mkdir(parents=True, exist_ok=True)
-        if force:
-            remove_ours(self._output, keep_run=self._plan.run_id)
-        for name in (SHARDS, RECEIPTS):
-            (self.work_dir / name).mkdir(parents=True, exist_ok=True)
+        try:
+            self._output.mkdir(parents=True, exist_ok=True)
+            if force:
+                remove_ours(self._output, keep_run=self._plan.run_id)
+            for name in (SHARDS, RECEIPTS):
+                (self.work_dir / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self._output, error) from error
         self._take_lock()
         for leftover in (self.work_dir / SHARDS).glob(".*.tmp"):
             leftover.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from remelt.errors import CheckpointError
 from remelt.formats.safetensors_header import parse_header, read_head
 from remelt.plan import OutputRecord, Unit, UnitReceipt
-from remelt.sinks import sync_directory
+from remelt.sinks import sync_directory, unwritable
 
 SHARDS, RECEIPTS = "shards", "receipts"
 
@@ -16,12 +16,16 @@ SHARDS, RECEIPTS = "shards", "receipts"
 def write_file_durably(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all: temporary name, sync, rename, sync the folder."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_directory(path.parent)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
 
 
 def receipt_path(work_dir: Path, unit_id: str) -> Path:

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from remelt.errors import OutputError
 from remelt.fingerprints import TensorDigest
 from remelt.layout import header_bytes
 from remelt.plan import OutputRecord, PlannedTensor, StoredTensor, TensorRecord
@@ -59,6 +60,14 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """What to raise where the system refuses to write: a full disk, a quota, a device that fails."""
+    return OutputError(
+        f"{path}: cannot be written: {error.strerror or error}; make room or choose another disk, then merge again to "
+        "resume"
+    )
+
+
 class ShardSink:
     """Writes one safetensors shard: a temporary file, synced, then renamed to its name in `directory`."""
 
@@ -74,13 +83,14 @@ class ShardSink:
         self._digest: TensorDigest | None = None
         self._num_nonfinite = 0
         self._total_bytes = len(header) + sum(tensor.stored.nbytes for tensor in tensors)
-        self._fd = os.open(self._temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+        self._fd = -1
         try:
+            self._fd = os.open(self._temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
             os.posix_fallocate(self._fd, 0, self._total_bytes)
             os.pwrite(self._fd, header, 0)
-        except OSError:
+        except OSError as error:
             self.abort()
-            raise
+            raise unwritable(self._path, error) from error
 
     def write(self, stored: StoredTensor, start_byte: int, bits: NDArray[np.uint8], num_nonfinite: int) -> None:
         position = self._data_start + stored.offset + start_byte
@@ -91,10 +101,13 @@ class ShardSink:
         self._digest.update(data)
         self._sha256.update(data)
         self._num_nonfinite += num_nonfinite
-        while data:
-            count = os.pwrite(self._fd, data, self._end)
-            self._end += count
-            data = data[count:]
+        try:
+            while data:
+                count = os.pwrite(self._fd, data, self._end)
+                self._end += count
+                data = data[count:]
+        except OSError as error:
+            raise unwritable(self._path, error) from error
         if start_byte + bits.nbytes == stored.nbytes:
             self._records.append(
                 TensorRecord(stored.name, stored.dtype, stored.shape, self._digest.hexdigest(), self._num_nonfinite)
@@ -106,11 +119,15 @@ class ShardSink:
 
     def finish(self) -> OutputRecord:
         assert self._end == self._total_bytes, f"{self._path.name}: {self._end} of {self._total_bytes} bytes written"
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        self._temporary.rename(self._path)
-        sync_directory(self._path.parent)
+        try:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            self._temporary.rename(self._path)
+            sync_directory(self._path.parent)
+        except OSError as error:
+            self.abort()
+            raise unwritable(self._path, error) from error
         return OutputRecord(self._path.name, self._total_bytes, self._sha256.hexdigest(), tuple(self._records))
 
     def abort(self) -> None:
