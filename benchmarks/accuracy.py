@@ -54,8 +54,8 @@ SEED = 7
 NUM_TUNES = 4
 
 # Task vectors of bfloat16 checkpoints are small multiples of one step, so round weights make votes cancel exactly in
-# decimal (3 x 0.3 against 0.5 + 0.4) but not in any binary precision. The first weights have no such relation with whole
-# numbers up to 6; the round ones are a case of their own, with such ties counted apart.
+# decimal (3 x 0.3 against 0.5 + 0.4) but not in any binary precision. The first weights have no such relation with
+# whole numbers up to 6; the round ones are a case of their own, with such ties counted apart.
 WEIGHTS = (0.4739, 0.49, 0.3431, 0.4596)
 ROUND_WEIGHTS = (0.5, 0.4, 0.3, 0.25)
 MIXED_WEIGHTS = (0.5, 0.4, 0.3, -0.25)

@@ -147,6 +147,11 @@ def count_receipts(output: Path) -> int:
     return sum(1 for path in (output / ".remelt").rglob("*.json") if "receipt" in str(path))
 
 
+def has_begun(output: Path) -> bool:
+    """Whether a run has opened its first shard: before that (imports, Ray's start) there is nothing to interrupt."""
+    return any((output / ".remelt" / "shards").glob("*"))
+
+
 class Kill(NamedTuple):
     """One run that was killed, then resumed."""
 
@@ -166,7 +171,7 @@ def kill_and_resume(
     process = subprocess.Popen(
         command, env=whole, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    while process.poll() is None and not (output / ".remelt").exists():
+    while process.poll() is None and not has_begun(output):
         time.sleep(0.002)
     time.sleep(moment)
     was_finished = process.poll() is not None
@@ -179,12 +184,12 @@ def kill_and_resume(
 
 
 def working_seconds(command: Sequence[str], output: Path, environment: Mapping[str, str]) -> float:
-    """How long a merge works from the moment that its work folder exists."""
+    """How long a merge works from the moment that it opens its first shard."""
     shutil.rmtree(output, ignore_errors=True)
     process = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while process.poll() is None and not (output / ".remelt").exists():
+    while process.poll() is None and not has_begun(output):
         time.sleep(0.002)
     begun = time.perf_counter()
     if process.wait():
