@@ -29,9 +29,12 @@ def demo_study(seed: int = 0, num_trials: int = NUM_TRIALS, num_evaluators: int 
         seed: Of the searcher.
         num_evaluators: By default one for each core that this process may use, four at most.
     """
+    parents = zoo.parents()
+    # The search starts at the uniform merge, as the recycling paper's does.
+    weight = {"search": [0.0, 1.0], "init": 1 / len(parents)}
     models = [
-        {"model": str(path), "name": name, "parameters": {"weight": {"search": [0.0, 1.0], "as": f"w_{name}"}}}
-        for name, path in zoo.parents().items()
+        {"model": str(path), "name": name, "parameters": {"weight": {**weight, "as": f"w_{name}"}}}
+        for name, path in parents.items()
     ]
     count = num_evaluators or min(MAX_EVALUATORS, len(os.sched_getaffinity(0)))
     return {

@@ -70,10 +70,10 @@ class TrialEvaluator:
         from remelt_evals.evaluator import Evaluator
 
         self._evaluator = Evaluator(backend)
-        study = Path(scratch or tempfile.gettempdir()) / f"remelt-{os.getuid()}" / name
-        self._scratch = study / f"{fence_name(fence)}-{slot}"
-        for other in study.glob("*-*"):
-            if other == self._scratch or other.name < fence_name(fence):
+        folder = Path(scratch or tempfile.gettempdir()) / f"remelt-{os.getuid()}"
+        self._scratch = folder / f"{name}-{fence_name(fence)}-{slot}"
+        for other in folder.glob(f"{name}-*"):
+            if other == self._scratch or other.name < f"{name}-{fence_name(fence)}":
                 shutil.rmtree(other, ignore_errors=True)
 
     def ready(self) -> int:
