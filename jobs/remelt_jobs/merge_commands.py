@@ -136,8 +136,6 @@ def merge(
     loaded = _load(recipe, compat, max_shard_size)
     if allow_nonfinite:
         loaded = replace(loaded, allow_nonfinite=True)
-    for note in loaded.notes:
-        print(f"note: {note}", file=sys.stderr)
     chosen = _executor(executor, threads, _size("--memory", memory), device, workers)
     started = time.perf_counter()
     with TerminalProgress() as progress:

@@ -30,7 +30,10 @@ def human_seconds(seconds: float) -> str:
 
 
 class TerminalProgress:
-    """Implements `remelt.merge.Progress` on stderr: a bar on a terminal, else a line every ten seconds."""
+    """Implements `remelt.merge.Progress` on stderr: notes of the plan, then a bar, or where nobody watches a line.
+
+    Nothing is printed of a merge that is finished already, since it never starts.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,6 +53,8 @@ class TerminalProgress:
     def start(self, plan: MergePlan, total_bytes: int, num_units_done: int) -> None:
         self._total, self._units, self._units_done = total_bytes, len(plan.units), num_units_done
         self._started = self._shown = time.monotonic()
+        for note in plan.notes:
+            print(f"note: {note}", file=sys.stderr)
         if num_units_done:
             print(f"resuming: {num_units_done} of {len(plan.units)} shards are done", file=sys.stderr)
         if sys.stderr.isatty():

@@ -29,24 +29,31 @@ def _text(cell: object) -> str:
         return "-"
     if isinstance(cell, float):
         return f"{cell:.4g}"
-    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
 def print_inspection(found: Mapping[str, Any]) -> None:
-    """The report of `remelt.inspection.inspect` for people."""
+    """The report of `remelt.inspection.inspect` for people: facts first, then tables by dtype and by tensor class."""
     for key, value in found.items():
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            print(f"\n{key}:")
-            print_table(list(value[0]), [list(row.values()) for row in value])
-        elif isinstance(value, Mapping):
-            print(f"{key}:")
-            for inner, content in value.items():
-                print(f"  {inner}: {_text(content)}")
-        elif isinstance(value, list):
+        if isinstance(value, list):
             for item in value:
-                print(f"{key}: {item}")
-        else:
-            print(f"{key}: {human_bytes(value) if 'bytes' in key and isinstance(value, int) else _text(value)}")
+                print(f"{key.removesuffix('s')}: {item}")
+        elif not isinstance(value, Mapping):
+            print(f"{key}: {human_bytes(value) if 'bytes' in key else _text(value)}")
+    measures = ("tensors", "parameters", "bytes")
+    print()
+    print_table(["dtype", *measures], [[dtype, *map(count.get, measures)] for dtype, count in found["dtypes"].items()])
+    print()
+    print_table(
+        ["class", "dtype", *measures],
+        [
+            [kind, dtype, *map(count.get, measures)]
+            for kind, dtypes in found["classes"].items()
+            for dtype, count in dtypes.items()
+        ],
+    )
 
 
 def print_diff(report: DiffReport, num_tensors: int) -> None:
