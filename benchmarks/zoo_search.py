@@ -11,6 +11,7 @@ far the outcome depends on the searcher's draws, not how it would be on other it
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ def main() -> None:
                 results.append((result, time.monotonic() - started))
                 print(f"seed {seed}:")
                 print_result(result)
-    data = {"trials": options.trials, "seeds": [result.to_json() for result, _ in results]}
+    data = {"trials": options.trials, "seeds": [json.loads(result.to_json()) for result, _ in results]}
     write_report("zoo", "Search on the zoo, over search seeds", sections(results), data, folder=options.reports)
 
 

@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from remelt.errors import StudyError
-from remelt_jobs.lease import Lease, fence_name, sync_directory
+from remelt.sinks import sync_directory
+from remelt_jobs.lease import Lease, fence_name
 
 Record: TypeAlias = dict[str, Any]
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from remelt.errors import StudyError
+from remelt.sinks import sync_directory
 
 FENCE_DIGITS = 8
 STALE_AFTER_SECONDS = 300.0
@@ -147,15 +148,6 @@ def newest_fence(directory: Path) -> int:
 def fence_name(fence: int) -> str:
     """A fence as a file name; padded, so that listings sort."""
     return f"{fence:0{FENCE_DIGITS}d}"
-
-
-def sync_directory(path: Path) -> None:
-    """Make a new name in `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def host_name() -> str:

@@ -1,7 +1,8 @@
 """Searchers: what to try next. Pure ask and tell; the study, its journal and its trials are elsewhere.
 
 To add one, write a module with a class that follows `spec.Searcher` and takes (space, seed, *, options), and give it a
-row here: it then passes through `tests/conformance/test_searchers.py`, as every row does.
+row here: it then passes through `tests/conformance/test_searchers.py`, as every row does. Others add theirs under the
+entry point group `remelt.searchers`; the table's own come first.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ __all__ = ["SEARCHERS", "SearchSpace", "Searcher", "Trial", "TrialState", "build
 SEARCHERS: Mapping[str, type[Any]] = {"cmaes": CmaEs, "random": RandomSearch}
 """Name in a study file -> class."""
 
+ENTRY_POINTS = "remelt.searchers"
+
 
 def searcher_options(name: str) -> dict[str, Any]:
     """The options of a searcher with their defaults: the keyword-only parameters of its class.
@@ -28,9 +31,7 @@ def searcher_options(name: str) -> dict[str, Any]:
     Raises:
         RecipeError: No searcher has this name.
     """
-    if name not in SEARCHERS:
-        raise RecipeError(f"unknown searcher {name!r}{_nearest(name, SEARCHERS)}; known: {', '.join(SEARCHERS)}")
-    parameters = inspect.signature(SEARCHERS[name]).parameters.values()
+    parameters = inspect.signature(_find(name)).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -47,8 +48,19 @@ def build_searcher(name: str, space: SearchSpace, seed: int, options: Mapping[st
             raise RecipeError(f"searcher {name} has no option {option!r}{_nearest(option, known)}; it takes {takes}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"searcher {name}: option {option!r} is {value!r}; it must be a number")
-    searcher: Searcher = SEARCHERS[name](space, seed, **(options or {}))
+    searcher: Searcher = _find(name)(space, seed, **(options or {}))
     return searcher
+
+
+def _find(name: str) -> type[Any]:
+    if name in SEARCHERS:
+        return SEARCHERS[name]
+    from importlib.metadata import entry_points
+
+    for entry_point in entry_points(group=ENTRY_POINTS, name=name):
+        found: type[Any] = entry_point.load()
+        return found
+    raise RecipeError(f"unknown searcher {name!r}{_nearest(name, SEARCHERS)}; known: {', '.join(SEARCHERS)}")
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
