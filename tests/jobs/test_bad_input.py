@@ -11,51 +11,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
 from checkpoint_files import bf16, header_of, write_file, write_raw, write_sharded
+from command import Command, Run, the_line
 from merge_fixtures import CONFIG, parent_tensors, write_pool
-from remelt_jobs import cli
 
 Document = dict[str, Any]
 Pool = Mapping[str, Path]
-
-
-class Run(NamedTuple):
-    """What a command gave."""
-
-    status: int
-    out: str
-    err: str
-    num_reads: int
-    """Reads of tensor data."""
-
-
-class Command:
-    """Runs `remelt` in this process, with a count of the reads of tensor data."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: object) -> Run:
-        reads: list[int] = []
-        preadv = os.preadv
-
-        def counted(descriptor: int, buffers: Any, offset: int) -> int:
-            reads.append(offset)
-            return preadv(descriptor, buffers, offset)
-
-        with self._monkeypatch.context() as patch:
-            patch.setattr(os, "preadv", counted)
-            patch.setattr(sys, "argv", ["remelt", *map(str, arguments)])
-            with pytest.raises(SystemExit) as stop:
-                cli.main()
-        out, err = self._capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return Run(stop.value.code, out, err, len(reads))
 
 
 @pytest.fixture
@@ -99,16 +65,6 @@ def write_recipe(folder: Path, document: Document) -> Path:
 def tree(root: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file and folder below `root`."""
     return {str(path.relative_to(root)): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in root.rglob("*")}
-
-
-def the_line(run: Run) -> str:
-    """The one line of a refusal, without its beginning."""
-    assert run.status == 2, run
-    assert run.out == ""
-    lines = run.err.splitlines()
-    assert len(lines) == 1, run.err
-    assert lines[0].startswith("remelt: ")
-    return lines[0].removeprefix("remelt: ")
 
 
 def refuse(remelt: Command, folder: Path, document: Document, pattern: str, *options: object) -> str:
@@ -549,7 +505,7 @@ def test_nan_in_a_parent_is_refused_per_tensor_and_published_only_where_allowed(
     change_tensors(pool["p1"], spoil)
     recipe = write_recipe(tmp_path, document_of(pool, "linear", base_model=None))
     output = tmp_path / "out"
-    line = the_line(remelt("merge", recipe, "--output", output))
+    line = the_line(remelt("merge", recipe, "--output", output), was_begun=True)
     assert re.search(r"model\.norm\.weight of .*p1 \(3 values\)", line)
     assert re.search(r"lm_head\.weight of .*p1 \(2 values\)", line)
     assert "allow_nonfinite" in line
@@ -572,7 +528,7 @@ def console(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[
 def test_the_installed_command_ends_with_status_2_and_one_line(pool: Pool, tmp_path: Path) -> None:
     truncate(pool["p1"])
     done = console("merge", write_recipe(tmp_path, document_of(pool)), "--output", tmp_path / "out")
-    assert "truncated file" in the_line(Run(done.returncode, done.stdout, done.stderr, 0))
+    assert "truncated file" in the_line(Run(done.returncode, done.stdout, done.stderr))
     assert not (tmp_path / "out").exists()
 
 
@@ -581,7 +537,7 @@ def test_a_hub_id_that_the_hub_does_not_give_is_refused(sound: Pool, tmp_path: P
     document["models"][0]["model"] = "nobody/nothing"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     done = console("plan", write_recipe(tmp_path, document), env=environment)
-    line = the_line(Run(done.returncode, done.stdout, done.stderr, 0))
+    line = the_line(Run(done.returncode, done.stdout, done.stderr))
     assert re.search(r"checkpoint nobody/nothing does not exist here, and the Hub did not give it", line)
 
 
@@ -597,7 +553,7 @@ def test_a_disk_that_fills_up_during_the_merge_is_one_line_and_the_merge_resumes
         output,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    line = the_line(Run(done.returncode, done.stdout, done.stderr, 0))
+    line = the_line(Run(done.returncode, done.stdout, done.stderr), was_begun=True)
     assert re.search(r"cannot be written: File too large.*resume", line)
     assert not list(output.glob("*.json"))
     assert console("merge", recipe, "--output", output).returncode == 0
