@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.02
+POLLS_PER_TREE = 12  # walking all of /proc costs milliseconds, which a benchmark on two cores would feel
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 REPORTS_DIR = Path(__file__).resolve().parent
 
@@ -32,7 +33,10 @@ class Measured:
 
     seconds: float
     peak_bytes: int
-    """The kernel's high-water mark of the root process, or the polled sum over the process tree where that is more."""
+    """The kernel's high-water mark of the root process, or the polled sum over the process tree where that is more.
+
+    From /proc, not from wait4: there a child starts with the high-water mark of the process that spawned it.
+    """
     cpu_seconds: float
     """User and system time of the root process and of the children that it waited for."""
     status: int
@@ -68,6 +72,17 @@ def _tree_rss_bytes(root: int) -> int:
     return total
 
 
+def _high_water_bytes(process: int) -> int:
+    """The most that a process has held since it became what it is (its last exec); 0 where it has ended."""
+    try:
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
 def run_measured(
     command: Sequence[str | Path],
     *,
@@ -75,7 +90,10 @@ def run_measured(
     cores: Collection[int] | None = None,
     poll_tree: bool = True,
 ) -> Measured:
-    """Run a command to its end, on the given cores where any are named."""
+    """Run a command to its end, on the given cores where any are named.
+
+    Without `poll_tree` nothing watches the process, and its memory is reported as 0.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         if cores is None:
             prefix: list[str] = []
@@ -89,13 +107,17 @@ def run_measured(
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
         )
-        peak_tree_bytes = 0
+        peak_bytes = 0
         ended = threading.Event()
 
         def poll() -> None:
-            nonlocal peak_tree_bytes
+            nonlocal peak_bytes
+            polls = 0
             while not ended.wait(POLL_SECONDS):
-                peak_tree_bytes = max(peak_tree_bytes, _tree_rss_bytes(process.pid))
+                peak_bytes = max(peak_bytes, _high_water_bytes(process.pid))
+                if polls % POLLS_PER_TREE == 0:
+                    peak_bytes = max(peak_bytes, _tree_rss_bytes(process.pid))
+                polls += 1
 
         poller = threading.Thread(target=poll, daemon=True)
         if poll_tree:
@@ -109,7 +131,6 @@ def run_measured(
             poller.join()
         output.seek(0)
         text = output.read()
-    peak_bytes = max(usage.ru_maxrss * 1024, peak_tree_bytes)
     return Measured(seconds, peak_bytes, usage.ru_utime + usage.ru_stime, process.returncode, text)
 
 

@@ -75,15 +75,12 @@ def write_recipe(path: Path, method: str, folders: Sequence[Path]) -> Path:
 
 
 def projected_bytes(recipe: Path, memory: str) -> int | None:
-    """What the plan says that the merge will hold, where it says so under that name."""
+    """What the plan says that the merge will hold; None where its output is not the JSON alone."""
     run = run_measured([remelt_command(), "plan", recipe, "--memory", memory, "--json"], poll_tree=False)
     try:
-        found = json.loads(run.output)["projected_memory"]
+        return int(json.loads(run.output)["memory"]["projected_bytes"])
     except (ValueError, KeyError, TypeError):
         return None
-    if isinstance(found, dict):
-        found = found.get("total") or found.get("total_bytes")
-    return int(found) if isinstance(found, int) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -40,6 +40,9 @@ from measure import (
     write_report,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import reference_operators as reference
+
 TOOLS = ("mergekit", "remelt")
 WEIGHTS = (0.5, 0.4, 0.3, 0.25)
 OPTIONS: dict[str, dict[str, float]] = {
@@ -175,6 +178,29 @@ def compare_outputs(base: Path, ours: Path, theirs: Path) -> dict[str, float]:
     }
 
 
+def distances_to_reference(method: str, folders: Sequence[Path], outputs: Mapping[str, Path]) -> dict[str, float]:
+    """Mean distance of each tool's output from a float64 reference, in units of the rms of the merged delta.
+
+    Over a few tensors of the first layer; a half step of bfloat16 is what no output can avoid, and is given as
+    `rounding`: the distance of the reference itself, once rounded to bfloat16.
+    """
+    base, *tunes = (open_checkpoint(folder) for folder in folders)
+    merged = {tool: open_checkpoint(output) for tool, output in outputs.items()}
+    sums = dict.fromkeys([*outputs, "rounding"], 0.0)
+    names = [name for name in base if ".layers.0." in name]
+    options = {key: value for key, value in OPTIONS[method].items() if key != "epsilon"}
+    for name in names:
+        base_N, *tensors_KN = (files[name].get_tensor(name).double().numpy() for files in (base, *tunes))
+        expected = reference.OPERATORS[method](base_N, tensors_KN, WEIGHTS, **options)
+        rms = float(np.sqrt(np.mean((expected - base_N) ** 2))) or 1.0
+        rounded = torch.from_numpy(expected).bfloat16().double().numpy()
+        sums["rounding"] += float(np.abs(rounded - expected).mean()) / rms
+        for tool, files in merged.items():
+            found = files[name].get_tensor(name).double().numpy()
+            sums[tool] += float(np.abs(found - expected).mean()) / rms
+    return {f"from_reference_{key}": total / len(names) for key, total in sums.items()}
+
+
 def agreement_section(agreements: Mapping[str, Mapping[str, float]]) -> str:
     """The tables that say whether both tools computed the same thing."""
     exact = [
@@ -185,6 +211,9 @@ def agreement_section(agreements: Mapping[str, Mapping[str, float]]) -> str:
             f"{found['max_diff']:.2f}",
             f"{found['cosine']:.5f}",
             f"{found['rms_ours'] / found['rms_theirs']:.4f}",
+            f"{found['from_reference_remelt']:.4f}",
+            f"{found['from_reference_mergekit']:.4f}",
+            f"{found['from_reference_rounding']:.4f}",
         )
         for method, found in agreements.items()
         if method not in RANDOM_METHODS
@@ -207,8 +236,23 @@ def agreement_section(agreements: Mapping[str, Mapping[str, float]]) -> str:
         parts += [
             "Difference of the two outputs in units of the rms of the merged delta of each tensor. mergekit computes in"
             " bfloat16 (here a delta is often one or two bfloat16 steps, so one rounding is a large part of it) and"
-            " breaks ties of magnitude arbitrarily; remelt computes in float32 and keeps the lowest index.",
-            markdown_table(("method", "equal elements", "mean difference", "largest", "cosine", "rms ratio"), exact),
+            " breaks ties of magnitude arbitrarily; remelt computes in float32 and keeps the lowest index. The last"
+            " three columns are the mean distance from a float64 reference, in the same units, over the first layer: of"
+            " each tool, and of the reference itself once rounded to bfloat16.",
+            markdown_table(
+                (
+                    "method",
+                    "equal elements",
+                    "mean difference",
+                    "largest",
+                    "cosine",
+                    "rms ratio",
+                    "remelt",
+                    "mergekit",
+                    "rounding alone",
+                ),
+                exact,
+            ),
         ]
     if drawn:
         parts += [
@@ -303,6 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(f"{method:16} {tool:9} {run.seconds:7.1f} s {megabytes(run.peak_bytes):>6} MB", flush=True)
             if len(tools) == 2:
                 agreements[method] = compare_outputs(folders[0], outputs["remelt"], outputs["mergekit"])
+                if method not in RANDOM_METHODS:
+                    agreements[method] |= distances_to_reference(method, folders, outputs)
             for output in outputs.values():
                 shutil.rmtree(output, ignore_errors=True)
 
