@@ -53,7 +53,7 @@ def per_model(option: PerModel, num_models: int) -> list[float]:
 
 def as_rows(values: Array) -> Array:
     """View as (R, C): the last dimension is the row; a tensor with fewer than two dimensions is one row."""
-    return values.reshape(1, -1) if values.ndim < 2 else values.reshape(-1, values.shape[-1])
+    return values.reshape(1, -1) if values.ndim < 2 else values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
 
 
 def keep_mask_middle(delta_N: Array, density: float, gamma: float) -> NDArray[np.bool_]:
@@ -134,13 +134,16 @@ def elect_and_merge(
         divisor = math.fsum(weights_K)
         return merged_N / divisor if normalize and abs(divisor) >= 1e-8 else merged_N
     votes_KN = weighted_KN if elect == "weighted" else deltas_KN
-    elected_N = np.where(np.sum(votes_KN, axis=0) >= 0, 1.0, -1.0)
+    # Votes under decimal weights that cancel leave a remainder in float64, too: within 1e-12 of their sum it is a zero.
+    undecided_N = 1e-12 * np.sum(np.abs(votes_KN), axis=0)
+    elected_N = np.where(np.sum(votes_KN, axis=0) >= -undecided_N, 1.0, -1.0)
     agrees_KN = [np.sign(vote_N) == elected_N for vote_N in votes_KN]
     merged_N = np.sum([np.where(a_N, x_N, 0.0) for a_N, x_N in zip(agrees_KN, weighted_KN, strict=True)], axis=0)
     if not normalize:
         return merged_N
     divisor_N = np.sum([np.where(a_N, w, 0.0) for a_N, w in zip(agrees_KN, weights_K, strict=True)], axis=0)
-    return as_float64(merged_N / np.where(divisor_N == 0, 1.0, divisor_N))
+    is_zero_N = np.abs(divisor_N) < 1e-12 * np.sum(np.abs(weights_K))
+    return as_float64(merged_N / np.where(is_zero_N, 1.0, divisor_N))
 
 
 def task_vectors(base: ArrayLike, tensors_K: Sequence[ArrayLike]) -> tuple[Array, list[Array]]:
@@ -483,7 +486,7 @@ def difference_norm(first: ArrayLike, other: ArrayLike, normaliser: Literal["abs
     first_N = as_float64(first).reshape(-1)
     norm = float(np.linalg.norm(first_N - as_float64(other).reshape(-1)))
     if normaliser == "rms":
-        return norm / math.sqrt(first_N.size)
+        return norm / math.sqrt(max(1, first_N.size))
     if normaliser == "relative":
         first_norm = float(np.linalg.norm(first_N))
         return norm / first_norm if first_norm else (math.inf if norm else 0.0)

@@ -39,16 +39,16 @@ def where_agreeing(vote, sign, value):  # type: ignore[no-untyped-def]
 
 
 @part
-def add_agreeing(values, w, u, size, votes, total, divisor):  # type: ignore[no-untyped-def]
-    """Add one model where its vote u x has the elected sign, and its weight to the divisor there."""
+def add_agreeing(values, w, v, u, size, votes, total, divisor):  # type: ignore[no-untyped-def]
+    """Add one model's w x where its vote u x has the elected sign, and v to the divisor there."""
     for j in range(size):
         sign, vote = sign_of(votes[j]), values[j] * u
         total[j] = total[j] + where_agreeing(vote, sign, values[j] * w)
-        divisor[j] = divisor[j] + where_agreeing(vote, sign, w)
+        divisor[j] = divisor[j] + where_agreeing(vote, sign, v)
 
 
 @part
-def merge_four(below, a, b, c, d, w, u, size, normalize, lambda_, out):  # type: ignore[no-untyped-def]
+def merge_four(below, a, b, c, d, w, v, u, unit, size, normalize, lambda_, out):  # type: ignore[no-untyped-def]
     """Elect and merge four models in one loop, their sums in registers; a model that is not there weighs 0.
 
     Order of operations and results are those of `count_votes` and `add_agreeing`: a zero more in a sum that began with
@@ -56,6 +56,7 @@ def merge_four(below, a, b, c, d, w, u, size, normalize, lambda_, out):  # type:
     willing to make, and not vectorise.
     """
     wa, wb, wc, wd = w[0], w[1], w[2], w[3]
+    da, db, dc, dd = v[0], v[1], v[2], v[3]
     ua, ub, uc, ud = u[0], u[1], u[2], u[3]
     for j in range(size):
         xa, xb, xc, xd = a[j], b[j], c[j], d[j]
@@ -64,23 +65,23 @@ def merge_four(below, a, b, c, d, w, u, size, normalize, lambda_, out):  # type:
         total = where_agreeing(va, sign, xa * wa) + where_agreeing(vb, sign, xb * wb)
         total = (total + where_agreeing(vc, sign, xc * wc)) + where_agreeing(vd, sign, xd * wd)
         if normalize:
-            divisor = where_agreeing(va, sign, wa) + where_agreeing(vb, sign, wb)
-            divisor = (divisor + where_agreeing(vc, sign, wc)) + where_agreeing(vd, sign, wd)
-            # An exact zero becomes 1.
-            is_zero = np.uint32(divisor == np.float32(0.0))
-            total = total / float_of(np.uint32(bits_of(divisor) | np.uint32(is_zero * np.uint32(0x3F800000))))
+            divisor = where_agreeing(va, sign, da) + where_agreeing(vb, sign, db)
+            divisor = (divisor + where_agreeing(vc, sign, dc)) + where_agreeing(vd, sign, dd)
+            is_zero = np.uint32(0) - np.uint32(divisor == np.float32(0.0))
+            total = total / float_of(np.uint32(bits_of(divisor) | np.uint32(np.uint32(is_zero) & bits_of(unit))))
         out[j] = below[j] + total * lambda_
 
 
 @part
 def merge_chunk(  # type: ignore[no-untyped-def]
-    base, kept, offset, size, weights, ballots, elects, normalize, lambda_, scratch
+    base, kept, offset, size, numbers, elects, normalize, lambda_, scratch
 ):
     """base + lambda * the merge of `kept[:, offset : offset + size]`, into scratch[0]; scratch is (3, CHUNK).
 
-    Votes are counted with `ballots`: the weights, or ones. Without an election the ballots are weights with lambda and
-    the divisor folded in.
+    `numbers` (4, max(K, GROUP)): weights, what divisors are summed of, ballots, which votes are counted with, and what
+    replaces a divisor of zero; without an election the ballots are weights with lambda and the divisor folded in.
     """
+    weights, divisors, ballots, unit = numbers[0], numbers[1], numbers[2], numbers[3, 0]
     num_models = len(kept)
     total, votes, divisor = scratch[0], scratch[1], scratch[2]
     below = base[offset : offset + size]
@@ -94,15 +95,17 @@ def merge_chunk(  # type: ignore[no-untyped-def]
         b = kept[1 if num_models > 1 else 0][offset : offset + size]
         c = kept[2 if num_models > 2 else 0][offset : offset + size]
         d = kept[3 if num_models > 3 else 0][offset : offset + size]
-        merge_four(below, a, b, c, d, weights, ballots, size, normalize, lambda_, total)
+        merge_four(below, a, b, c, d, weights, divisors, ballots, unit, size, normalize, lambda_, total)
     else:
         count_votes(kept, offset, size, ballots, votes)
         total[:size] = 0.0
         divisor[:size] = 0.0
         for i in range(num_models):
-            add_agreeing(kept[i][offset : offset + size], weights[i], ballots[i], size, votes, total, divisor)
+            x = kept[i][offset : offset + size]
+            add_agreeing(x, weights[i], divisors[i], ballots[i], size, votes, total, divisor)
         for j in range(size):
-            by = divisor[j] if normalize and divisor[j] != np.float32(0.0) else np.float32(1.0)
+            by = divisor[j] if divisor[j] != np.float32(0.0) else unit
+            by = by if normalize else np.float32(1.0)
             total[j] = below[j] + (total[j] / by) * lambda_
 
 

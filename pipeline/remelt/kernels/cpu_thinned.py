@@ -18,7 +18,9 @@ from remelt.kernels.cpu_weighted import add_leaves
 from remelt.kernels.program import Block
 from remelt.operators.quantities import (
     draw_threshold,
+    election_weights,
     folded,
+    keep_scale,
     kept_range,
     l1_factor,
     rank_probabilities,
@@ -41,21 +43,17 @@ class Merge:
     rescale: str
     norm_floor: float
 
-    @property
-    def weights(self) -> NDArray[np.float32]:
-        """As the kernels take them, padded with zeros."""
-        return _padded(self.coefficients_K)
-
-    @property
-    def ballots(self) -> NDArray[np.float32]:
-        """What votes are counted with; without an election, the weights with lambda and the divisor folded in."""
+    def numbers(self, scales_K: Sequence[float]) -> NDArray[np.float32]:
+        """Weights, divisors, ballots and unit for the kernels, padded with zeros; see `combine.merge_chunk`."""
         if self.elect is None:
-            return _padded(folded(self.coefficients_K, self.lambda_, self.normalize))
-        return self.weights if self.elect == "weighted" else _padded([1.0] * len(self.coefficients_K))
-
-
-def _padded(numbers_K: Sequence[float]) -> NDArray[np.float32]:
-    return np.array([*numbers_K, *[0.0] * max(0, GROUP - len(numbers_K))], np.float32)
+            rows, unit = (folded(self.coefficients_K, self.lambda_, self.normalize, scales_K),) * 3, 1.0
+        else:
+            *rows, unit = election_weights(self.coefficients_K, scales_K, self.elect, self.normalize)
+        width = max(GROUP, len(self.coefficients_K))
+        numbers = np.zeros((4, width), np.float32)
+        numbers[:3, : len(self.coefficients_K)] = rows
+        numbers[3] = unit
+        return numbers
 
 
 def keys_of(sources: Sources, seed: int, streams_K: Sequence[int]) -> NDArray[np.uint32]:
@@ -73,8 +71,7 @@ class Thinned:
     def __init__(self, sources: Sources, merge: Merge, is_thinned_K: Sequence[bool]) -> None:
         self._sources, self._merge = sources, merge
         self._is_thinned = np.array(is_thinned_K, np.bool_)
-        self._scales = np.ones(sources.num_models, np.float32)
-        self._weights, self._ballots = merge.weights, merge.ballots
+        self._numbers = merge.numbers([1.0] * sources.num_models)
         self._has_norms = merge.rescale == "l1" and any(is_thinned_K)
         self._norms = np.zeros((sources.geometry.num_leaves if self._has_norms else 0, 2 * sources.num_models))
         self.num_rounds = self.selection_rounds + self._has_norms
@@ -91,9 +88,11 @@ class Thinned:
             self._finish_selection(round_)
             return
         norms = add_leaves(self._norms)
-        for model in range(self._sources.num_models):
-            if self._is_thinned[model]:
-                self._scales[model] = l1_factor(norms[2 * model], norms[2 * model + 1], self._merge.norm_floor)
+        scales_K = [
+            l1_factor(norms[2 * model], norms[2 * model + 1], self._merge.norm_floor) if is_thinned else 1.0
+            for model, is_thinned in enumerate(self._is_thinned)
+        ]
+        self._numbers = self._merge.numbers(scales_K)
 
     def apply(self, block: Block, out: NDArray[np.generic], worker: int) -> None:
         self._run(block, address_of(out), np.zeros((0, 2 * self._sources.num_models)))
@@ -134,12 +133,10 @@ class Elementwise(Thinned):
             self._thresholds,
             self._bands[leaves],
             self._ties[leaves],
-            self._scales,
             sources.leaf_elements,
             block.first_row * sources.geometry.row_length,
             sources.num_elements(block),
-            self._weights,
-            self._ballots,
+            self._numbers,
             merge.elect is not None,
             merge.normalize,
             np.float32(merge.lambda_),
@@ -162,7 +159,7 @@ class Drawn(Elementwise):
         self._keys = keys_of(sources, seed, streams_K)
         self._thresholds = np.array([threshold or 0 for threshold in thresholds], np.uint32)
         if merge.rescale == "keep":
-            self._scales = np.array([1 / min(1.0, density) for density in density_K]).astype(np.float32)
+            self._numbers = merge.numbers([keep_scale(density) for density in density_K])
 
 
 class Cut(NamedTuple):
@@ -369,13 +366,11 @@ class Ranked(Thinned):
             self._thresholds,
             self._factors,
             self._ranges,
-            self._scales,
             sources.geometry.row_length,
             sources.geometry.leaf_rows,
             block.first_row,
             block.num_rows,
-            self._weights,
-            self._ballots,
+            self._numbers,
             merge.elect is not None,
             merge.normalize,
             np.float32(merge.lambda_),

@@ -22,12 +22,10 @@ def thin_elements(  # type: ignore[no-untyped-def]
     thresholds,
     bands,
     ties,
-    scales,
     leaf_elements,
     first_element,
     count,
-    weights,
-    ballots,
+    numbers,
     elects,
     normalize,
     lambda_,
@@ -38,7 +36,7 @@ def thin_elements(  # type: ignore[no-untyped-def]
     """Thin every element of a block and merge; or, where `norms` (leaves, 2 K) has rows, sum magnitudes before and after.
 
     `addresses[0]` is the base. Per model: `is_thinned`; `keys` (K, spans, 2) and `thresholds` for draws; `bands` and
-    `ties` (leaves of the block, K, 2) for selection by magnitude (see `keep_band`); `scales`, a common factor.
+    `ties` (leaves of the block, K, 2) for selection by magnitude (see `keep_band`). `numbers` as in `merge_chunk`.
     """
     num_models = len(addresses) - 1
     base = np.empty(CHUNK, np.float32)
@@ -61,22 +59,18 @@ def thin_elements(  # type: ignore[no-untyped-def]
                 read_chunk(addresses[i + 1], kinds[i + 1], base, True, start, size, values)
                 if len(norms):
                     add_magnitudes(values, size, lanes[2 * i])
-                scale = np.float32(1.0) if len(norms) else scales[i]
                 if not is_thinned[i]:
                     pass
                 elif has_draws:
-                    drop_chunk(values, size, keys[i], first_element + start, thresholds[i], scale)
+                    drop_chunk(values, size, keys[i], first_element + start, thresholds[i])
                 else:
                     left[i, 0], left[i, 1] = keep_band(
                         values, size, bands[leaf, i, 0], bands[leaf, i, 1], left[i, 0], left[i, 1]
                     )
                 if len(norms):
                     add_magnitudes(values, size, lanes[2 * i + 1])
-                elif scale != np.float32(1.0) and not (has_draws and is_thinned[i]):
-                    for j in range(size):
-                        values[j] = values[j] * scale
             if len(norms) == 0:
-                merge_chunk(base, kept, 0, size, weights, ballots, elects, normalize, lambda_, scratch)
+                merge_chunk(base, kept, 0, size, numbers, elects, normalize, lambda_, scratch)
                 encode(scratch[0], out_address, out_kind, start, size)
         if len(norms):
             for i in range(2 * num_models):

@@ -43,8 +43,8 @@ def draw_run(keys, first, size, out):  # type: ignore[no-untyped-def]
 
 
 @part
-def drop_chunk(values, size, keys, first, threshold, factor):  # type: ignore[no-untyped-def]
-    """DARE: zero what is drawn out, multiply the rest by `factor`."""
+def drop_chunk(values, size, keys, first, threshold):  # type: ignore[no-untyped-def]
+    """DARE: zero what is drawn out."""
     done = 0
     while done < size:
         index = first + done
@@ -54,7 +54,7 @@ def drop_chunk(values, size, keys, first, threshold, factor):  # type: ignore[no
         piece = values[done : done + num]
         for j in range(num):
             bits = draw(np.uint32(low + np.uint32(j)), k0, k1)
-            piece[j] = piece[j] * factor if bits < threshold else np.float32(0.0)
+            piece[j] = piece[j] if bits < threshold else np.float32(0.0)
         done += num
 
 

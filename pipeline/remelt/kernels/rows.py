@@ -36,13 +36,11 @@ def thin_rows(  # type: ignore[no-untyped-def]
     thresholds,
     factors,
     ranges,
-    scales,
     row_length,
     leaf_rows,
     first_row,
     num_rows,
-    weights,
-    ballots,
+    numbers,
     elects,
     normalize,
     lambda_,
@@ -53,7 +51,7 @@ def thin_rows(  # type: ignore[no-untyped-def]
     """Thin every row of a block and merge; or, where `norms` (leaves, 2 K) has rows, sum magnitudes before and after.
 
     `addresses[0]` is the base. Per model: `is_thinned`; `keys` (K, spans, 2), `thresholds` and `factors` (K, row_length)
-    for draws by rank; `ranges` (K, 2), the descending ranks that are kept without draws; `scales`, a common factor.
+    for draws by rank; `ranges` (K, 2), the descending ranks that are kept without draws. `numbers` as in `merge_chunk`.
     """
     num_models = len(addresses) - 1
     group_rows = max(1, min(leaf_rows, CHUNK // row_length))
@@ -99,15 +97,10 @@ def thin_rows(  # type: ignore[no-untyped-def]
                         )
                 if len(norms):
                     add_magnitudes(kept[i], size, lanes[2 * i + 1])
-                elif scales[i] != np.float32(1.0):
-                    scale = scales[i]
-                    values = kept[i]
-                    for j in range(size):
-                        values[j] = values[j] * scale
             if len(norms) == 0:
                 for start in range(0, size, CHUNK):
                     num = min(CHUNK, size - start)
-                    merge_chunk(base, kept, start, num, weights, ballots, elects, normalize, lambda_, scratch)
+                    merge_chunk(base, kept, start, num, numbers, elects, normalize, lambda_, scratch)
                     encode(scratch[0], out_address, out_kind, place + start, num)
         if len(norms):
             leaf = leaf_start // leaf_rows

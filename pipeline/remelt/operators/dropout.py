@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from remelt.operators.quantities import float32, folded, per_model
-from remelt.operators.sparse import merge_by_election
+from remelt.operators.quantities import keep_scale, per_model
+from remelt.operators.sparse import Thinned, merge_by_election, merge_by_sum
 from remelt.operators.spec import Interval, OptionValue, PerModel
 from remelt.operators.steps import (
     Draws,
     draws_of,
     drop,
     drop_by_rank,
-    l1_rescale,
+    l1_scale,
     task_vectors,
-    weighted_sum,
 )
 from remelt.operators.steps import rescale as rescaled
 
@@ -29,23 +28,22 @@ def _dropped(
     base: Tensor,
     tensors_K: Sequence[Tensor],
     draws: Draws,
+    *,
     density: PerModel,
     rescale: Rescale,
     norm_floor: float,
-) -> list[Tensor]:
+) -> Thinned:
     """DARE's drop and rescale of each task vector."""
-    kept_K = []
+    thinned = Thinned([], [])
     densities_K = per_model(density, len(tensors_K))
     for model, (delta, kept) in enumerate(zip(task_vectors(base, tensors_K), densities_K, strict=True)):
-        if kept >= 1:
-            kept_K.append(delta)
-            continue
-        masked = drop(delta, draws_of(draws, model), kept)
-        if rescale == "l1":
-            kept_K.append(l1_rescale(delta, masked, norm_floor))
+        masked = drop(delta, draws_of(draws, model), kept) if kept < 1 else delta
+        thinned.deltas_K.append(masked)
+        if rescale == "l1" and kept < 1:
+            thinned.scales_K.append(l1_scale(delta, masked, norm_floor))
         else:
-            kept_K.append(rescaled(masked, float32(1 / kept) if rescale == "keep" else None))
-    return kept_K
+            thinned.scales_K.append(keep_scale(kept) if rescale == "keep" else 1.0)
+    return thinned
 
 
 def dare_linear(
@@ -86,8 +84,8 @@ def dare_linear(
         Draws depend on seed, model, tensor and flat index alone, where the public codes use a global generator in the
         order of their visits.
     """
-    kept_K = _dropped(base, tensors_K, draws, density, rescale, norm_floor)
-    return base.float() + weighted_sum(kept_K, folded(coefficients_K, lambda_, normalize))
+    thinned = _dropped(base, tensors_K, draws, density=density, rescale=rescale, norm_floor=norm_floor)
+    return merge_by_sum(base, thinned, coefficients_K, normalize=normalize, lambda_=lambda_)
 
 
 def dare_ties(
@@ -122,8 +120,8 @@ def dare_ties(
     Differences:
         As for dare_linear and ties.
     """
-    kept_K = _dropped(base, tensors_K, draws, density, rescale, norm_floor)
-    return merge_by_election(base, kept_K, coefficients_K, elect=elect, normalize=normalize, lambda_=lambda_)
+    thinned = _dropped(base, tensors_K, draws, density=density, rescale=rescale, norm_floor=norm_floor)
+    return merge_by_election(base, thinned, coefficients_K, elect=elect, normalize=normalize, lambda_=lambda_)
 
 
 def half_widths(epsilon: PerModel, window: PerModel, num_models: int) -> tuple[float, ...]:
@@ -153,24 +151,23 @@ def _pruned(
     base: Tensor,
     tensors_K: Sequence[Tensor],
     draws: Draws,
+    *,
     density: PerModel,
     halves_K: Sequence[float],
     rescale: Rescale,
     norm_floor: float,
-) -> list[Tensor]:
+) -> Thinned:
     """DELLA's MAGPRUNE of each task vector."""
-    kept_K = []
+    thinned = Thinned([], [])
     densities_K = per_model(density, len(tensors_K))
     for model, delta in enumerate(task_vectors(base, tensors_K)):
-        if densities_K[model] >= 1:
-            kept_K.append(delta)
-            continue
-        masked, reciprocals = drop_by_rank(delta, draws_of(draws, model), densities_K[model], halves_K[model])
-        if rescale == "l1":
-            kept_K.append(l1_rescale(delta, masked, norm_floor))
-        else:
-            kept_K.append(rescaled(masked, reciprocals if rescale == "keep" else None))
-    return kept_K
+        kept, reciprocals = delta, None
+        if densities_K[model] < 1:
+            kept, reciprocals = drop_by_rank(delta, draws_of(draws, model), densities_K[model], halves_K[model])
+        thinned.deltas_K.append(rescaled(kept, reciprocals if rescale == "keep" else None))
+        is_scaled = rescale == "l1" and densities_K[model] < 1
+        thinned.scales_K.append(l1_scale(delta, kept, norm_floor) if is_scaled else 1.0)
+    return thinned
 
 
 def della(
@@ -188,7 +185,7 @@ def della(
     elect: Literal["weighted", "unweighted"] = "weighted",
     norm_floor: Annotated[float, Interval(0, 1)] = 0.0,
 ) -> Tensor:
-    """Drop entries at random, the smaller in its row the likelier, rescale each by its own keep probability, elect, merge.
+    """Drop entries at random, the smaller in its row the likelier, rescale each by its keep probability, elect, merge.
 
     q = density - epsilon + 2 epsilon r / (n - 1), r = 0..n-1 the ascending rank of |x_i - base| in its row of n;
     d_i = m_i (x_i - base) / q, m_i = 1 with probability q; then as ties: out = base + lambda sum_A w_i d_i / sum_A w_i.
@@ -221,8 +218,10 @@ def della(
         codes); fused experts are ranked along their last dimension (both codes: along dimension 1).
     """
     halves_K = half_widths(epsilon, window, len(tensors_K))
-    kept_K = _pruned(base, tensors_K, draws, density, halves_K, rescale, norm_floor)
-    return merge_by_election(base, kept_K, coefficients_K, elect=elect, normalize=normalize, lambda_=lambda_)
+    thinned = _pruned(
+        base, tensors_K, draws, density=density, halves_K=halves_K, rescale=rescale, norm_floor=norm_floor
+    )
+    return merge_by_election(base, thinned, coefficients_K, elect=elect, normalize=normalize, lambda_=lambda_)
 
 
 def della_linear(
@@ -257,5 +256,7 @@ def della_linear(
         As for della.
     """
     halves_K = half_widths(epsilon, window, len(tensors_K))
-    kept_K = _pruned(base, tensors_K, draws, density, halves_K, rescale, norm_floor)
-    return base.float() + weighted_sum(kept_K, folded(coefficients_K, lambda_, normalize))
+    thinned = _pruned(
+        base, tensors_K, draws, density=density, halves_K=halves_K, rescale=rescale, norm_floor=norm_floor
+    )
+    return merge_by_sum(base, thinned, coefficients_K, normalize=normalize, lambda_=lambda_)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,10 @@ from remelt.operators.spec import PerModel
 
 NO_ELECTION_SUM_FLOOR = 1e-8
 """A sum of weights smaller than this in magnitude divides nothing where all models count (as mergekit)."""
+
+MAX_DENOMINATOR, MAX_PROPORTION = 1000, 4096
+"""Weights with up to three decimals, and thirds, count as fractions; integers stay below 13 bits so that their products
+with 16-bit differences are exact in float32."""
 
 STOCK_DENOMINATOR_FLOOR = 1e-6
 """Model Stock's 1 + (N - 1) c below this is a pole, not a number."""
@@ -49,7 +55,7 @@ def float32(value: float) -> float:
 
 
 def kept_range(n: int, density: float, gamma: float = 0.0) -> tuple[int, int]:
-    """Descending magnitude ranks [start, stop) that survive: floor(gamma n) dropped on top, then max(1, floor(density n)).
+    """Descending magnitude ranks [start, stop) that survive: after the floor(gamma n) on top, max(1, floor(density n)).
 
     Fewer are dropped on top where the density would not be reached otherwise; at density 1 nothing is dropped.
     """
@@ -78,12 +84,15 @@ def draw_threshold(probability: float) -> int | None:
     return None if probability >= 1 else keep_threshold(probability)
 
 
-def folded(coefficients_K: Sequence[float], lambda_: float, normalize: bool) -> tuple[float, ...]:
-    """Coefficients with lambda and, where `normalize` holds, the divisor taken in; rounded once, to float32."""
+def folded(
+    coefficients_K: Sequence[float], lambda_: float, normalize: bool, scales_K: Sequence[float] | None = None
+) -> tuple[float, ...]:
+    """Coefficients with lambda, scales and, where `normalize` holds, the divisor taken in; rounded once, to float32."""
     divisor = math.fsum(coefficients_K) if normalize else 1.0
     if abs(divisor) < NO_ELECTION_SUM_FLOOR:
         divisor = 1.0
-    return tuple(float32(w * lambda_ / divisor) for w in coefficients_K)
+    scales_K = scales_K or (1.0,) * len(coefficients_K)
+    return tuple(float32(w * s * lambda_ / divisor) for w, s in zip(coefficients_K, scales_K, strict=True))
 
 
 def normalized(coefficients_K: Sequence[float], normalize: bool, name: str = "") -> tuple[float, ...]:
@@ -97,11 +106,64 @@ def normalized(coefficients_K: Sequence[float], normalize: bool, name: str = "")
     return tuple(float32(w / divisor) for w in coefficients_K)
 
 
+def proportions(coefficients_K: Sequence[float]) -> tuple[float, ...]:
+    """Coefficients as the small integers that they are in proportion to, where there are such; else as they are.
+
+    Votes are counted, and divisors summed, with these: what cancels in decimals (0.1 + 0.2 - 0.3, or task vectors of
+    4, -3 and 1 steps under weights of 0.3, 0.4 and 0.0) then cancels exactly, also in float32. A hundredth of all
+    elements of bfloat16 task vectors have such undecided votes, and rounding would elect their signs.
+    """
+    fractions = [Fraction(w).limit_denominator(MAX_DENOMINATOR) for w in coefficients_K]
+    if any(abs(float(fraction) - w) > 1e-12 * abs(w) for fraction, w in zip(fractions, coefficients_K, strict=True)):
+        return tuple(coefficients_K)
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    integers = [int(fraction * scale) for fraction in fractions]
+    divisor = math.gcd(*integers) or 1
+    if max(abs(number) for number in integers) > MAX_PROPORTION * divisor:
+        return tuple(coefficients_K)
+    return tuple(float(number // divisor) for number in integers)
+
+
+class ElectionWeights(NamedTuple):
+    """What an election is computed with, as float32 values."""
+
+    weights_K: tuple[float, ...]
+    """What entries are summed with."""
+    divisors_K: tuple[float, ...]
+    """What divisors are summed of."""
+    ballots_K: tuple[float, ...]
+    """What votes are counted with."""
+    unit: float
+    """What a divisor of exactly zero is replaced by: 1, in the unit of the divisors."""
+
+
+def election_weights(
+    coefficients_K: Sequence[float], scales_K: Sequence[float], elect: str, normalize: bool
+) -> ElectionWeights:
+    """Numbers of an election among scale * entry, "weighted" (votes are w * scale * entry) or "unweighted".
+
+    A common factor of weights and divisors cancels where `normalize` holds, and that of ballots always.
+    """
+    voting = [w * s for w, s in zip(coefficients_K, scales_K, strict=True)] if elect == "weighted" else scales_K
+    shares = proportions(coefficients_K) if normalize else tuple(coefficients_K)
+    return ElectionWeights(
+        tuple(float32(w * s) for w, s in zip(shares, scales_K, strict=True)),
+        tuple(float32(w) for w in shares),
+        tuple(float32(u) for u in proportions(voting)),
+        next((float32(share / w) for share, w in zip(shares, coefficients_K, strict=True) if w), 1.0),
+    )
+
+
+def keep_scale(density: float) -> float:
+    """What makes up for dropping: 1 / keep probability."""
+    return 1 / min(1.0, density)
+
+
 def l1_factor(before: float, after: float, norm_floor: float) -> float:
     """What restores the L1 norm that a mask took away; 1 where either norm is zero or below the floor."""
     if before <= 0 or after <= 0 or before < norm_floor or after < norm_floor:
         return 1.0
-    return float32(before / after)
+    return before / after
 
 
 def slerp_coefficients(gram: NDArray[np.float64], t: float) -> tuple[float, float]:
@@ -144,7 +206,8 @@ def mean_cosine(gram: NDArray[np.float64], norm_floor: float = 0.0) -> NDArray[n
             product = np.maximum(norms[..., i] * norms[..., j], norm_floor)
             cos = np.where(product > 0, gram[..., i, j] / np.where(product > 0, product, 1.0), 0.0)
             total = total + np.clip(cos, -1.0, 1.0)
-    return total / (num_models * (num_models - 1) / 2)
+    mean: NDArray[np.float64] = total / (num_models * (num_models - 1) / 2)
+    return mean
 
 
 def stock_ratio(
@@ -158,12 +221,13 @@ def stock_ratio(
         place = int(np.argmax(denominator < STOCK_DENOMINATOR_FLOOR))
         where = f" (row {first_row + place})" if denominator.ndim else ""
         raise OperatorError(
-            f"{name or 'a tensor'}{where}: model_stock divides by 1 + (N - 1) c = {denominator.flat[place]:.3g}, c being "
-            f"the mean cosine of {num_models} task vectors that cancel each other; give this tensor another "
+            f"{name or 'a tensor'}{where}: model_stock divides by 1 + (N - 1) c = {denominator.flat[place]:.3g}, c "
+            f"being the mean cosine of {num_models} task vectors that cancel each other; give this tensor another "
             "merge_method by a rule"
         )
     ratio = num_models * cosine / denominator
-    return np.clip(ratio, 0.0, 1.0) if clamp else ratio
+    bounded: NDArray[np.float64] = np.clip(ratio, 0.0, 1.0) if clamp else ratio
+    return bounded
 
 
 def difference_norms(

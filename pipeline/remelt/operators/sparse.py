@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from remelt.operators.quantities import folded, per_model
-from remelt.operators.quantities import float32 as rounded
+from remelt.operators.quantities import election_weights, float32, folded, per_model
 from remelt.operators.spec import Interval, OptionValue, PerModel
 from remelt.operators.steps import (
     agreeing,
     disjoint_mean,
     elect_signs,
-    l1_rescale,
+    l1_scale,
     task_vectors,
     trim,
     weighted_sum,
@@ -22,9 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Thinned(NamedTuple):
+    """Task vectors after their thinning, and the factor that each is still to be multiplied by."""
+
+    deltas_K: list[Tensor]
+    scales_K: list[float]
+
+
 def merge_by_election(
     base: Tensor,
-    deltas_K: Sequence[Tensor],
+    thinned: Thinned,
     coefficients_K: Sequence[float],
     *,
     elect: Literal["weighted", "unweighted"],
@@ -32,13 +38,43 @@ def merge_by_election(
     lambda_: float,
 ) -> Tensor:
     """base + lambda times the disjoint mean of w_i delta_i; the tail that TIES, DARE-TIES, DELLA and others share."""
-    coefficients_K = [rounded(w) for w in coefficients_K]
-    weighted_K = [delta * w for delta, w in zip(deltas_K, coefficients_K, strict=True)]
-    votes_K = weighted_K if elect == "weighted" else deltas_K
+    deltas_K, scales_K = thinned
+    weights_K, divisors_K, ballots_K, unit = election_weights(coefficients_K, scales_K, elect, normalize)
+    votes_K = [delta * ballot for delta, ballot in zip(deltas_K, ballots_K, strict=True)]
     is_plus = elect_signs(votes_K)
     agrees_K = [agreeing(vote, is_plus) for vote in votes_K]
-    merged = disjoint_mean(weighted_K, agrees_K, coefficients_K, normalize=normalize)
-    return base.float() + merged * rounded(lambda_)
+    weighted_K = [delta * weight for delta, weight in zip(deltas_K, weights_K, strict=True)]
+    merged = disjoint_mean(weighted_K, agrees_K, divisors_K, normalize=normalize, unit=unit)
+    return base.float() + merged * float32(lambda_)
+
+
+def merge_by_sum(
+    base: Tensor, thinned: Thinned, coefficients_K: Sequence[float], *, normalize: bool, lambda_: float
+) -> Tensor:
+    """base + lambda times the sum of w_i delta_i."""
+    coefficients_K = folded(coefficients_K, lambda_, normalize, thinned.scales_K)
+    return base.float() + weighted_sum(thinned.deltas_K, coefficients_K)
+
+
+def select_by_magnitude(
+    base: Tensor,
+    tensors_K: Sequence[Tensor],
+    *,
+    density: PerModel,
+    gamma: PerModel = 0.0,
+    granularity: Literal["tensor", "row"],
+    rescale: Literal["none", "l1"],
+    norm_floor: float,
+) -> Thinned:
+    """Task vectors without their floor(gamma n) largest entries and all but the density n next ones."""
+    deltas_K, count = task_vectors(base, tensors_K), len(tensors_K)
+    kept_K = [
+        trim(delta, fraction, gamma=top, granularity=granularity)
+        for delta, fraction, top in zip(deltas_K, per_model(density, count), per_model(gamma, count), strict=True)
+    ]
+    if rescale == "none":
+        return Thinned(kept_K, [1.0] * count)
+    return Thinned(kept_K, [l1_scale(*pair, norm_floor) for pair in zip(deltas_K, kept_K, strict=True)])
 
 
 def ties(
@@ -71,7 +107,7 @@ def ties(
         lambda_: scale of the merged task vector.
         elect: whether votes are w_i d_i or d_i.
         granularity: n is the tensor's number of elements, or the row's.
-        topk: "global" (the paper's: one threshold over the whole model) needs a whole-model phase and is refused so far.
+        topk: "global" (the paper's: one threshold over the model) needs a whole-model phase and is refused so far.
         norm_floor: with "l1", norms below it leave the task vector as it is (mergekit: 1e-7).
 
     Returns:
@@ -82,17 +118,14 @@ def ties(
 
     Differences:
         The paper trims over the whole model, keeps k + 1 entries and all ties, gives an undecided element the majority
-        sign of the model, and divides by the count of agreeing models. This is mergekit's form, per tensor, with exactly
-        k entries kept (the lowest flat index wins among equals), which also holds for tensors with density n < 1.
+        sign of the model, and divides by the count of agreeing models. This is mergekit's form, per tensor, with
+        exactly k entries kept (the lowest flat index wins among equals), also in tensors with density n < 1. Weights in
+        proportion to small integers are counted as such, so that undecided votes are undecided exactly.
     """
-    deltas_K = task_vectors(base, tensors_K)
-    trimmed_K = [
-        trim(delta, kept, granularity=granularity)
-        for delta, kept in zip(deltas_K, per_model(density, len(deltas_K)), strict=True)
-    ]
-    if rescale == "l1":
-        trimmed_K = [l1_rescale(*pair, norm_floor) for pair in zip(deltas_K, trimmed_K, strict=True)]
-    return merge_by_election(base, trimmed_K, coefficients_K, elect=elect, normalize=normalize, lambda_=lambda_)
+    thinned = select_by_magnitude(
+        base, tensors_K, density=density, granularity=granularity, rescale=rescale, norm_floor=norm_floor
+    )
+    return merge_by_election(base, thinned, coefficients_K, elect=elect, normalize=normalize, lambda_=lambda_)
 
 
 def check_topk(options: Mapping[str, OptionValue]) -> str | None:
@@ -100,26 +133,6 @@ def check_topk(options: Mapping[str, OptionValue]) -> str | None:
     if options.get("topk") == "global":
         return "`topk: global` needs a pass over the whole model, which is not built yet; use `topk: tensor`"
     return None
-
-
-def _without_outliers(
-    base: Tensor,
-    tensors_K: Sequence[Tensor],
-    density: PerModel,
-    gamma: PerModel,
-    granularity: Literal["tensor", "row"],
-    rescale: Literal["none", "l1"],
-    norm_floor: float,
-) -> list[Tensor]:
-    deltas_K = task_vectors(base, tensors_K)
-    count = len(deltas_K)
-    kept_K = [
-        trim(delta, fraction, gamma=top, granularity=granularity)
-        for delta, fraction, top in zip(deltas_K, per_model(density, count), per_model(gamma, count), strict=True)
-    ]
-    if rescale == "l1":
-        kept_K = [l1_rescale(*pair, norm_floor) for pair in zip(deltas_K, kept_K, strict=True)]
-    return kept_K
 
 
 def breadcrumbs(
@@ -162,8 +175,16 @@ def breadcrumbs(
         The authors' code masks each row (`granularity: row`); mergekit each tensor. The top slice may be empty, where
         mergekit 0.1.4 then loses the whole task vector.
     """
-    kept_K = _without_outliers(base, tensors_K, density, gamma, granularity, rescale, norm_floor)
-    return base.float() + weighted_sum(kept_K, folded(coefficients_K, lambda_, normalize))
+    thinned = select_by_magnitude(
+        base,
+        tensors_K,
+        density=density,
+        gamma=gamma,
+        granularity=granularity,
+        rescale=rescale,
+        norm_floor=norm_floor,
+    )
+    return merge_by_sum(base, thinned, coefficients_K, normalize=normalize, lambda_=lambda_)
 
 
 def breadcrumbs_ties(
@@ -199,5 +220,13 @@ def breadcrumbs_ties(
     Differences:
         As for breadcrumbs and ties.
     """
-    kept_K = _without_outliers(base, tensors_K, density, gamma, granularity, rescale, norm_floor)
-    return merge_by_election(base, kept_K, coefficients_K, elect=elect, normalize=normalize, lambda_=lambda_)
+    thinned = select_by_magnitude(
+        base,
+        tensors_K,
+        density=density,
+        gamma=gamma,
+        granularity=granularity,
+        rescale=rescale,
+        norm_floor=norm_floor,
+    )
+    return merge_by_election(base, thinned, coefficients_K, elect=elect, normalize=normalize, lambda_=lambda_)

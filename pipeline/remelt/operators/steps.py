@@ -6,6 +6,7 @@ operation of its own (no `alpha=`, `addcmul`, `lerp`, `matmul`: fused forms diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -61,7 +62,9 @@ def gram(tensors_K: Sequence[Tensor], dim: int | None = None) -> Tensor:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """View as (R, C): the last dimension is the row; fewer than two dimensions are one row."""
-    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(-1, tensor.shape[-1])
+    if tensor.ndim < 2:
+        return tensor.reshape(1, -1)
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def row_ranks(delta: Tensor, *, descending: bool = False) -> Tensor:
@@ -111,15 +114,18 @@ def drop_by_rank(delta: Tensor, bits: Tensor, density: float, epsilon: float) ->
     return torch.where(is_kept, delta, 0.0), reciprocals_C[ranks_RC].reshape(delta.shape)
 
 
-def rescale(masked: Tensor, factor: Tensor | float | None) -> Tensor:
-    """Multiply what was kept by a factor, for the whole tensor or for each element; None leaves it."""
+def rescale(masked: Tensor, factor: Tensor | None) -> Tensor:
+    """Multiply what was kept by a factor for each element; None leaves it.
+
+    Factors of whole tensors are numbers, and go into the coefficients.
+    """
     return masked if factor is None else masked * factor
 
 
-def l1_rescale(delta: Tensor, masked: Tensor, norm_floor: float) -> Tensor:
-    """Restore the tensor's L1 norm after a mask by one common factor (mergekit's form; biased per element)."""
+def l1_scale(delta: Tensor, masked: Tensor, norm_floor: float) -> float:
+    """The factor that restores the tensor's L1 norm after a mask (mergekit's form; biased per element)."""
     before, after = (float(tensor.abs().sum(dtype=torch.float64)) for tensor in (delta, masked))
-    return masked * l1_factor(before, after, norm_floor)
+    return l1_factor(before, after, norm_floor)
 
 
 def elect_signs(votes_K: Sequence[Tensor]) -> Tensor:
@@ -136,13 +142,18 @@ def agreeing(vote: Tensor, is_plus: Tensor) -> Tensor:
 
 
 def disjoint_mean(
-    weighted_K: Sequence[Tensor], agrees_K: Sequence[Tensor], coefficients_K: Sequence[float], *, normalize: bool
+    weighted_K: Sequence[Tensor],
+    agrees_K: Sequence[Tensor],
+    coefficients_K: Sequence[float],
+    *,
+    normalize: bool,
+    unit: float = 1.0,
 ) -> Tensor:
-    """Sum of the agreeing entries, divided by the sum of their coefficients where `normalize` holds (exact 0 -> 1)."""
+    """Sum of the agreeing entries, divided by the sum of their coefficients where `normalize` holds (0 -> `unit`)."""
     total = divisor = torch.zeros_like(weighted_K[0])
     for weighted, agrees, coefficient in zip(weighted_K, agrees_K, coefficients_K, strict=True):
         total = total + torch.where(agrees, weighted, 0.0)
         divisor = divisor + agrees.to(total.dtype) * coefficient
     if not normalize:
         return total
-    return total / torch.where(divisor == 0, 1.0, divisor)
+    return total / torch.where(divisor == 0, unit, divisor)
