@@ -71,7 +71,7 @@ def plan(
     device: DeviceOption = Device.CPU,
 ) -> None:
     """Say what a merge would do, from headers alone; writes nothing."""
-    from remelt.commit import check_output
+    from remelt.commit import check_outputs
     from remelt.executor import LocalExecutor
     from remelt.merge import open_checkpoints
     from remelt.planner import build_plan, plan_summary
@@ -83,7 +83,7 @@ def plan(
     executor = LocalExecutor(threads=threads, memory_bytes=_size("--memory", memory), device=device.value)
     made = build_plan(loaded, open_checkpoints(loaded), executor.budget())
     if output is not None:
-        check_output(made, output)
+        check_outputs(made, [output])
     if as_json:
         print(json.dumps(plan_summary(made, full=full), indent=1))
         return

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from remelt.errors import ExecutionError, RemeltError
+from remelt.errors import BudgetError, ExecutionError, NumericsError, RemeltError
 from remelt.executor import OnReceipt, finish_unit, shard_sinks
 from remelt.memory import default_memory_bytes
 from remelt.plan import MergePlan, RunSettings, Unit, UnitReceipt
@@ -21,6 +21,8 @@ from remelt.unit_runner import OnBytes, UnitRun, open_readers
 
 UNITS_PER_WORKER = 2
 """Units in the window for each worker, so that a worker finds the next one waiting."""
+IO_SLOT = "io_slot"
+"""Custom resource of a node: units that may read and write there at once."""
 MAX_RETRIES = 3
 """For a worker or node that dies; errors of our own are not retried."""
 
@@ -38,8 +40,6 @@ def work_unit(settings: RunSettings, sizes: Any, unit: Unit, work_dirs: Sequence
 
 def _check_numerics(settings: RunSettings) -> None:
     from remelt.numerics import numerics_tag
-
-    from remelt.errors import NumericsError
 
     mine = numerics_tag(settings.device)
     if mine != settings.numerics:
@@ -94,9 +94,12 @@ class RayExecutor:
         from remelt_jobs.ray_session import ray_session
 
         with ray_session():
+            self._check_fits(ray, plan)
             remote = ray.remote(work_unit).options(
                 num_cpus=self._threads,
                 num_gpus=1 if self._device == "cuda" else 0,
+                memory=plan.projection.total_bytes,
+                resources=self._io_slot(ray),
                 max_retries=MAX_RETRIES,
                 scheduling_strategy="SPREAD",
                 name="remelt.unit",
@@ -120,6 +123,22 @@ class RayExecutor:
             finally:
                 for reference in running:
                     ray.cancel(reference, force=True)
+
+    def _check_fits(self, ray: Any, plan: MergePlan) -> None:
+        """Refuse what no node could ever hold: Ray would wait for such a node without a word."""
+        asked = {"CPU": self._threads, "GPU": int(self._device == "cuda"), "memory": plan.projection.total_bytes}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes):
+            found = "; ".join(str({name: node.get(name, 0) for name in asked}) for node in nodes)
+            raise BudgetError(
+                f"no node of the cluster holds a worker: one asks for {asked}, the nodes have {found}. "
+                "Give fewer --threads or less --memory, or add a node"
+            )
+
+    @staticmethod
+    def _io_slot(ray: Any) -> dict[str, float]:
+        """One `io_slot` for each unit, on clusters whose nodes declare how many streams their disks bear."""
+        return {IO_SLOT: 1} if ray.cluster_resources().get(IO_SLOT) else {}
 
     def _window(self, ray: Any) -> int:
         if self._num_workers is not None:

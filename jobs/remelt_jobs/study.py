@@ -6,6 +6,7 @@ so a study that is run again goes on where it was, whatever ended it. Publicatio
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -185,7 +186,12 @@ class _Study:
 
     def _pool(self) -> EvaluatorPool:
         backend = replace(self.config.backend, threads=max(1, int(self.config.evaluators.cpus)))
-        return EvaluatorPool(self.config.evaluators, backend, self.config.study_id[:16], self.lease.fence)
+        return EvaluatorPool(self.config.evaluators, backend, self._scratch_name(), self.lease.fence)
+
+    def _scratch_name(self) -> str:
+        """Of this study in this directory: the same study may run elsewhere on the machine at the same time."""
+        place = hashlib.sha256(str(self.output.absolute()).encode()).hexdigest()
+        return f"{self.config.study_id[:12]}{place[:8]}"
 
     def _record(self, record: Record) -> None:
         """To the journal, then to the state: what was not written did not happen."""

@@ -70,7 +70,7 @@ class Parents:
         """A tensor of one checkpoint; a head that it does not store because it is tied is its embedding."""
         index = self.indexes[place]
         info = index.tensors.get(name)
-        if info is None and classify(name).kind == "head" and is_tied(index):
+        if info is None and name.endswith(".weight") and classify(name).kind == "head" and is_tied(index):
             embedding = next((each for each in index.tensors if classify(each).kind == "embedding"), None)
             info = index.tensors[embedding] if embedding is not None else None
         return info
@@ -211,7 +211,12 @@ def _is_tied_copy(parents: Parents, place: int, name: str) -> bool:
 
 def _missing(parents: Parents, name: str, treatment: Treatment, place: int | None = None) -> MismatchError:
     if place is None:
-        place = treatment.model if isinstance(treatment, Copy) else parents.layout
+        if not isinstance(treatment, Copy):
+            return MismatchError(
+                f"a rule merges {name!r}, which the base {parents.base_index.source} lacks: a merge takes its shape "
+                "from the base. Copy it by a rule from a model that has it, or drop it"
+            )
+        place = treatment.model
     index = parents.indexes[place]
     absent = [each for each in parents.base_index.tensors if each not in index.tensors] or [name]
     copies = sum(isinstance(rule, CopyRule) for rule in parents.recipe.rules)

@@ -21,18 +21,20 @@ from typing import Any
 from remelt import __version__
 from remelt.checkpoint import CheckpointIndex
 from remelt.companions import companion_files, output_config
-from remelt.dtypes import DTYPES
+from remelt.dtypes import tensor_bytes
 from remelt.errors import BudgetError, NumericsError, OutputError
-from remelt.fingerprints import checkpoint_digest
+from remelt.fingerprints import checkpoint_digest, digest_line, digest_of_lines
 from remelt.layout import INDEX_FILE, SINGLE_FILE
 from remelt.model_card import model_card
 from remelt.plan import MergePlan, OutputRecord, Unit, UnitReceipt
-from remelt.receipts import RECEIPTS, SHARDS, find_receipt, find_shard, write_file_durably
+from remelt.receipts import RECEIPTS, SHARDS, find_receipt, find_shard, receipt_path, write_file_durably
 from remelt.sinks import sync_directory, unwritable
+from remelt.unit_runner import refuse_nonfinite
 
 WORK_DIR = ".remelt"
 MANIFEST_FILE = "remelt_manifest.json"
 RECIPE_FILE = "remelt_recipe.yaml"
+CARD_FILE = "README.md"
 MANIFEST_SCHEMA = 1
 DISK_SLACK_BYTES = 64 * 1024 * 1024
 """For config, tokenizer, manifest and receipts."""
@@ -65,8 +67,14 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
         raise OutputError(
             f"{path}: cannot be read as a manifest ({error}); remove it if the output is not needed"
         ) from error
-    if not isinstance(manifest, dict) or "run_id" not in manifest:
-        raise OutputError(f"{path}: is no manifest of ours: it has no run_id; choose another --output")
+    keys = {"schema", "run_id", "candidate_id", "coefficient_set", "digest", "files", "tensors", "recipe"}
+    if not isinstance(manifest, dict) or not keys <= manifest.keys():
+        raise OutputError(f"{path}: is no manifest of ours, some of its keys are missing; choose another --output")
+    if manifest["schema"] != MANIFEST_SCHEMA:
+        raise OutputError(
+            f"{path}: has schema {manifest['schema']}, this version of remelt reads {MANIFEST_SCHEMA}; use the version "
+            f"that wrote it ({manifest.get('remelt_version')}), or choose another --output"
+        )
     return manifest
 
 
@@ -86,46 +94,72 @@ def find_finished(plan: MergePlan, output: Path, set_number: int = 0) -> MergedC
     return _merged(output, manifest, is_reused=True)
 
 
-def check_output(plan: MergePlan, output: Path, *, force: bool = False) -> None:
-    """Refuse an output that belongs to something else, or a disk without room; writes nothing.
+def check_outputs(plan: MergePlan, outputs: Sequence[Path], *, force: bool = False) -> None:
+    """Refuse outputs that belong to something else, or a disk without room for all; writes nothing.
+
+    `force` lets another run of ours be replaced, never a folder of somebody else's.
 
     Raises:
-        OutputError: the directory holds another recipe's output, foreign files, or a checkpoint that is merged, or
+        OutputError: a directory holds another recipe's output, foreign files, or a checkpoint that is merged, or
             cannot be written.
         NumericsError: it holds an unfinished run of the same recipe with another numerics tag.
         BudgetError: not enough disk space.
     """
-    home = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not home.is_dir():
-        raise OutputError(f"--output {output}: {home} is a file, not a directory; choose another")
-    if not os.access(home, os.W_OK):
-        raise OutputError(f"--output {output}: {home} cannot be written; choose another or change its permissions")
-    for model in plan.settings.models:
-        # With --force our own files there would be removed, and then missed as input.
-        if output.resolve() == Path(model.root).resolve():
-            raise OutputError(f"--output {output}: is the checkpoint {model.source} that is merged; choose another")
-    if not force:
-        _check_ownership(plan, output)
-    free = shutil.disk_usage(home).free
-    work = output / WORK_DIR / SHARDS
-    present = sum(path.stat().st_size for path in work.glob("*.safetensors")) if work.is_dir() else 0
-    needed = plan.write_bytes // plan.settings.num_sets + DISK_SLACK_BYTES - present
-    if needed > free:
-        raise BudgetError(
-            f"not enough disk: {output} needs {needed:,} more bytes, {home} has {free:,} free; "
-            "free some, or choose an --output on another disk"
-        )
+    needed: dict[int, tuple[Path, int]] = {}
+    for output in outputs:
+        home = next(path for path in (output, *output.absolute().parents) if path.exists())
+        if not home.is_dir():
+            raise OutputError(f"--output {output}: {home} is a file, not a directory; choose another")
+        if not os.access(home, os.W_OK):
+            raise OutputError(f"--output {output}: {home} cannot be written; choose another or change its permissions")
+        for model in plan.settings.models:
+            # With --force our own files there would be removed, and then missed as input.
+            if output.resolve() == Path(model.root).resolve():
+                raise OutputError(f"--output {output}: is the checkpoint {model.source} that is merged; choose another")
+        _check_ownership(plan, output, force=force)
+        device = home.stat().st_dev
+        _, before = needed.get(device, (home, 0))
+        needed[device] = (home, before + _missing_bytes(plan, output))
+    for home, size in needed.values():
+        free = shutil.disk_usage(home).free
+        if size > free:
+            raise BudgetError(
+                f"not enough disk: {', '.join(map(str, outputs))} needs {size:,} more bytes, {home} has {free:,} free; "
+                "free some, or choose an --output on another disk"
+            )
 
 
-def _check_ownership(plan: MergePlan, output: Path) -> None:
+def _missing_bytes(plan: MergePlan, output: Path) -> int:
+    """Bytes that an output still takes: shards of an earlier run count as there, among the work or in place."""
+    shards = output / WORK_DIR / SHARDS
+    present = 0
+    for unit in plan.units:
+        for path in (shards / unit.file, output / unit.file):
+            if path.is_file():
+                present += path.stat().st_size
+                break
+    # What a killed run had begun is removed before anything is written.
+    present += sum(path.stat().st_size for path in shards.glob(".*.tmp")) if shards.is_dir() else 0
+    return max(0, sum(unit.write_bytes for unit in plan.units) - present) + DISK_SLACK_BYTES
+
+
+def _check_ownership(plan: MergePlan, output: Path, *, force: bool) -> None:
     manifest = read_manifest(output)
+    begun = _read_begun(output)
+    if manifest is None and begun is None and output.is_dir():
+        foreign = [path.name for path in output.iterdir() if path.name != WORK_DIR]
+        if foreign:
+            raise OutputError(
+                f"{output} is not empty and holds no run of remelt (it has {foreign[0]}); choose another --output"
+            )
+    if force:
+        return
     if manifest is not None and manifest["run_id"] != plan.run_id:
         raise OutputError(
             f"{output} holds the finished output of another recipe or other inputs (run "
             f"{manifest['run_id'][:12]}, this is {plan.run_id[:12]}); choose another --output, "
             "or replace it with --force"
         )
-    begun = _read_begun(output)
     if begun is not None and begun["run_id"] != plan.run_id:
         if begun.get("recipes") == list(plan.recipes) and begun["numerics"] != plan.settings.numerics:
             raise NumericsError(
@@ -137,8 +171,6 @@ def _check_ownership(plan: MergePlan, output: Path) -> None:
             f"{output} holds an unfinished run of another recipe or other inputs (run {begun['run_id'][:12]}, this is "
             f"{plan.run_id[:12]}); choose another --output, or replace it with --force"
         )
-    if manifest is None and begun is None and output.is_dir() and any(output.iterdir()):
-        raise OutputError(f"{output} is not empty and holds no run of remelt; choose another --output")
 
 
 def _read_begun(output: Path) -> dict[str, Any] | None:
@@ -150,10 +182,11 @@ def _read_begun(output: Path) -> dict[str, Any] | None:
 
 
 class OutputRun:
-    """An output directory that this process works on: begun, filled with receipts, committed."""
+    """An output directory that this process works on: begun, filled with receipts, published, cleared."""
 
-    def __init__(self, plan: MergePlan, output: Path, set_number: int = 0) -> None:
+    def __init__(self, plan: MergePlan, output: Path, layout: CheckpointIndex, set_number: int = 0) -> None:
         self._plan, self._output, self._set = plan, output, set_number
+        self._layout = layout
         self.work_dir = output / WORK_DIR
         self._lock = -1
 
@@ -162,18 +195,18 @@ class OutputRun:
 
         Raises OutputError where another process works on it.
         """
-        check_output(self._plan, self._output, force=force)
         try:
-            self._output.mkdir(parents=True, exist_ok=True)
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             if force:
                 remove_ours(self._output, keep_run=self._plan.run_id)
             for name in (SHARDS, RECEIPTS):
-                (self.work_dir / name).mkdir(parents=True, exist_ok=True)
+                (self.work_dir / name).mkdir(exist_ok=True)
+            for folder in (self._output, self.work_dir / SHARDS, self.work_dir / RECEIPTS):
+                for leftover in folder.glob(".*.tmp"):
+                    leftover.unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(self._output, error) from error
-        self._take_lock()
-        for leftover in (self.work_dir / SHARDS).glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
         write_file_durably(
             self.work_dir / "run.json",
             json.dumps(
@@ -182,6 +215,7 @@ class OutputRun:
                     "numerics": self._plan.settings.numerics,
                     "recipes": list(self._plan.recipes),
                     "num_units": len(self._plan.units),
+                    "companions": self._companion_names(),
                 }
             ).encode(),
         )
@@ -189,17 +223,21 @@ class OutputRun:
         for unit in self._plan.units:
             receipt = find_receipt(self.work_dir, self._output, unit, self._set)
             if receipt is not None:
-                receipts[unit.unit_id] = receipt
+                receipts[unit.unit_id] = receipt.without_parents()
         return receipts
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.work_dir / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        path = self.work_dir / "lock"
+        self._lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            self._lock = -1
-            raise OutputError(f"{self._output}: another process is merging into it; wait for it, or stop it") from error
+            # A run that finishes removes the file: a lock on one that is gone keeps nobody out.
+            is_current = path.stat().st_ino == os.fstat(self._lock).st_ino
+        except OSError:
+            is_current = False
+        if not is_current:
+            self.release()
+            raise OutputError(f"{self._output}: another process is merging into it; wait for it, or stop it")
 
     def release(self) -> None:
         """Let other processes have the directory."""
@@ -207,35 +245,49 @@ class OutputRun:
             os.close(self._lock)
             self._lock = -1
 
-    def commit(self, receipts: Sequence[UnitReceipt], layout: CheckpointIndex, seconds: float) -> MergedCheckpoint:
-        """Publish: shards, companions, index, manifest, in that order; then clear the work directory."""
+    def publish(self, receipts: Sequence[UnitReceipt], parents: Parents, seconds: float) -> MergedCheckpoint:
+        """Move shards into place, then write companions, index and manifest, in that order.
+
+        `receipts` are in plan order. The work directory stays until `clear`, so that several outputs of one plan can be
+        published before any of them forgets what was done.
+        """
         plan, output = self._plan, self._output
         records = [receipt.outputs[self._set] for receipt in receipts]
         is_single = len(records) == 1 and records[0].file == SINGLE_FILE
         if not is_single:
             self._move_shards(records)
-        for name, data in self._companions(layout):
-            write_file_durably(output / name, data)
+        for name, source in companion_files(Path(self._layout.root)):
+            write_file_durably(output / name, source.read_bytes())
+        for name, text in self._own_files(records):
+            write_file_durably(output / name, text)
         if is_single:
             self._move_shards(records)
             (output / INDEX_FILE).unlink(missing_ok=True)
         else:
             write_file_durably(output / INDEX_FILE, _index_json(records))
-        manifest = _manifest(plan, self._set, receipts, records, seconds)
-        manifest["companions"] = sorted(name for name, _ in self._companions(layout))
+        manifest = _manifest(plan, self._set, receipts, records, parents, seconds)
+        manifest["companions"] = self._companion_names()
         write_file_durably(output / MANIFEST_FILE, json.dumps(manifest, sort_keys=True, indent=1).encode())
-        shutil.rmtree(self.work_dir, ignore_errors=True)
         return _merged(output, manifest, is_reused=False)
 
-    def _companions(self, layout: CheckpointIndex) -> list[tuple[str, bytes]]:
+    def clear(self) -> None:
+        """Forget the work: the output is published."""
+        shutil.rmtree(self.work_dir, ignore_errors=True)
+
+    def _companion_names(self) -> list[str]:
+        copied = [name for name, _ in companion_files(Path(self._layout.root))]
+        return sorted({*copied, "config.json", RECIPE_FILE, CARD_FILE})
+
+    def _own_files(self, records: Sequence[OutputRecord]) -> list[tuple[str, bytes]]:
         from remelt.recipe_yaml import parse_recipe
 
         recipe = parse_recipe(self._plan.recipes[self._set])
-        files = [(name, path.read_bytes()) for name, path in companion_files(Path(layout.root))]
-        if layout.config:
-            files.append(("config.json", output_config(layout.config, self._plan.output_dtype)))
-        files.append((RECIPE_FILE, recipe.to_yaml().encode()))
-        files.append(("README.md", model_card(self._plan, recipe).encode()))
+        files = [(RECIPE_FILE, recipe.to_yaml().encode()), (CARD_FILE, model_card(self._plan, recipe).encode())]
+        if self._layout.config:
+            dtypes = {tensor.dtype for record in records for tensor in record.tensors}
+            is_scaled = any(dtype.startswith("F8") for dtype in dtypes)
+            config = output_config(self._layout.config, self._plan.output_dtype, is_scaled=is_scaled)
+            files.append(("config.json", config))
         return files
 
     def _move_shards(self, records: Iterable[OutputRecord]) -> None:
@@ -251,7 +303,7 @@ class OutputRun:
 
 
 def remove_ours(output: Path, *, keep_run: str) -> None:
-    """Remove what another run of ours left: files that its manifest or receipts list, and its work directory."""
+    """Remove what another run of ours left: files that its manifest or receipts list, and its work but for the lock."""
     manifest = read_manifest(output)
     names: set[str] = set()
     if manifest is not None:
@@ -261,32 +313,62 @@ def remove_ours(output: Path, *, keep_run: str) -> None:
         (output / MANIFEST_FILE).unlink()
     begun = _read_begun(output)
     if begun is not None and begun["run_id"] != keep_run:
+        names.update(begun.get("companions", ()))
+        names.add(INDEX_FILE)
         for path in (output / WORK_DIR / RECEIPTS).glob("*.json"):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 names.update(record.file for record in UnitReceipt.from_json(path.read_text()).outputs)
-        shutil.rmtree(output / WORK_DIR)
+        (output / WORK_DIR / "run.json").unlink()
+        for name in (SHARDS, RECEIPTS):
+            shutil.rmtree(output / WORK_DIR / name, ignore_errors=True)
     for name in names:
         if Path(name).name == name:
             (output / name).unlink(missing_ok=True)
 
 
+class Parents:
+    """What a run learned of its parents: their tensors' digests, and where they are not finite.
+
+    Lines are kept as bytes, not as objects: a plan over sixteen parents of 92,000 tensors has 1.5 million of them.
+    """
+
+    def __init__(self, plan: MergePlan, work_dir: Path) -> None:
+        """Gather from the receipt files, one at a time."""
+        self._sources = plan.settings.models
+        self._lines = [bytearray() for _ in self._sources]
+        self._nonfinite: list[dict[str, int]] = [{} for _ in self._sources]
+        for unit in plan.units:
+            receipt = UnitReceipt.from_json(receipt_path(work_dir, unit.unit_id).read_text())
+            if not plan.settings.allow_nonfinite:
+                # A receipt of an earlier run may have been made when it was allowed.
+                refuse_nonfinite(receipt.parents, plan.settings)
+            for place, record in receipt.parents:
+                self._lines[place] += digest_line(record.name, record.dtype, record.shape, record.digest)
+                if record.num_nonfinite:
+                    self._nonfinite[place][record.name] = record.num_nonfinite
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Each parent with its files' fingerprints, and the checkpoint digest over its tensors that were read."""
+        return [
+            {
+                "source": model.source,
+                "files": [
+                    {"name": file.name, "bytes": file.size, "fingerprint": file.fingerprint} for file in model.files
+                ],
+                "tensors_read": lines.count(b"\n"),
+                "digest_of_tensors_read": digest_of_lines(bytes(lines).splitlines(keepends=True)) if lines else None,
+                "nonfinite": nonfinite,
+            }
+            for model, lines, nonfinite in zip(self._sources, self._lines, self._nonfinite, strict=True)
+        ]
+
+
 def _index_json(records: Sequence[OutputRecord]) -> bytes:
     weight_map = {tensor.name: record.file for record in records for tensor in record.tensors}
-    total = sum(
-        _num_elements(tensor.shape) * DTYPES[tensor.dtype].item_bits // 8
-        for record in records
-        for tensor in record.tensors
-    )
+    total = sum(tensor_bytes(tensor.dtype, tensor.shape) for record in records for tensor in record.tensors)
     return json.dumps(
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=1
     ).encode()
-
-
-def _num_elements(shape: Sequence[int]) -> int:
-    num = 1
-    for dim in shape:
-        num *= dim
-    return num
 
 
 def _manifest(
@@ -294,6 +376,7 @@ def _manifest(
     set_number: int,
     receipts: Sequence[UnitReceipt],
     records: Sequence[OutputRecord],
+    parents: Parents,
     seconds: float,
 ) -> dict[str, Any]:
     tensors = {tensor.name: tensor for record in records for tensor in record.tensors}
@@ -312,7 +395,7 @@ def _manifest(
             for name, t in sorted(tensors.items())
         },
         "dropped": list(plan.dropped),
-        "parents": _parents(plan, receipts),
+        "parents": parents.to_json(),
         "execution": {
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
@@ -321,27 +404,6 @@ def _manifest(
             "peak_memory_bytes": max((receipt.peak_memory_bytes for receipt in receipts), default=0),
         },
     }
-
-
-def _parents(plan: MergePlan, receipts: Sequence[UnitReceipt]) -> list[dict[str, Any]]:
-    """Each parent with its fingerprints; with its digest where every tensor of it that was planned was read whole."""
-    seen: list[dict[str, tuple[str, tuple[int, ...], str]]] = [{} for _ in plan.settings.models]
-    nonfinite: list[dict[str, int]] = [{} for _ in plan.settings.models]
-    for receipt in receipts:
-        for place, record in receipt.parents:
-            seen[place][record.name] = (record.dtype, record.shape, record.digest)
-            if record.num_nonfinite:
-                nonfinite[place][record.name] = record.num_nonfinite
-    return [
-        {
-            "source": model.source,
-            "files": [{"name": file.name, "bytes": file.size, "fingerprint": file.fingerprint} for file in model.files],
-            "tensors_read": len(tensors),
-            "digest_of_tensors_read": checkpoint_digest(tensors) if tensors else None,
-            "nonfinite": bad,
-        }
-        for model, tensors, bad in zip(plan.settings.models, seen, nonfinite, strict=True)
-    ]
 
 
 def _merged(output: Path, manifest: dict[str, Any], *, is_reused: bool) -> MergedCheckpoint:

@@ -39,10 +39,22 @@ def companion_files(root: Path) -> list[tuple[str, Path]]:
     ]
 
 
-def output_config(config: Mapping[str, Any], dtype: str | None) -> bytes:
-    """config.json for the output: the layout's own, with the output's dtype under whichever key it uses."""
+def output_config(config: Mapping[str, Any], dtype: str | None, *, is_scaled: bool) -> bytes:
+    """config.json for the output: the layout's own, with the output's dtype under whichever key it uses.
+
+    `is_scaled` says that the output holds fp8 codes; without them a `quantization_config` would mislead loaders.
+    """
     document = dict(config)
-    if dtype is not None and "quantization_config" not in document:
-        keys = [key for key in ("dtype", "torch_dtype") if key in document] or ["dtype"]
-        document.update(dict.fromkeys(keys, DTYPES[dtype].torch_name))
+    if not is_scaled:
+        document.pop("quantization_config", None)
+    if dtype is not None and not is_scaled:
+        sections = [document]
+        if isinstance(document.get("text_config"), dict):
+            document["text_config"] = dict(document["text_config"])
+            sections.append(document["text_config"])
+        for section in sections:
+            keys = [key for key in ("dtype", "torch_dtype") if key in section]
+            if section is document:
+                keys = keys or ["dtype"]
+            section.update(dict.fromkeys(keys, DTYPES[dtype].torch_name))
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

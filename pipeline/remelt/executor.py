@@ -13,10 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
+from remelt.errors import ExecutionError
 from remelt.memory import default_memory_bytes
 from remelt.plan import MergePlan, Unit, UnitReceipt
 from remelt.planner import Budget, plan_sizes
-from remelt.receipts import write_receipt
+from remelt.receipts import SHARDS, write_receipt
 from remelt.sinks import ShardSink
 from remelt.unit_runner import OnBytes, UnitRun, open_readers
 
@@ -54,6 +55,8 @@ class LocalExecutor:
         self._device = device
 
     def budget(self) -> Budget:
+        if self._device == "cuda":
+            _check_cuda()
         return Budget(
             memory_bytes=self._memory_bytes or default_memory_bytes(), threads=self._threads, device=self._device
         )
@@ -87,9 +90,19 @@ class LocalExecutor:
                 on_receipt(pending.result())
 
 
+def _check_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ExecutionError(
+            f"--device cuda: torch {torch.__version__} finds no CUDA device here; use --device cpu, or install a CUDA "
+            "build of torch where there is a device"
+        )
+
+
 def shard_sinks(unit: Unit, work_dirs: Sequence[Path]) -> list[ShardSink]:
     """A shard file for each coefficient set, under its work directory."""
-    return [ShardSink(directory / "shards", unit.file, unit.tensors) for directory in work_dirs]
+    return [ShardSink(directory / SHARDS, unit.file, unit.tensors) for directory in work_dirs]
 
 
 def finish_unit(run: UnitRun, work_dirs: Sequence[Path]) -> UnitReceipt:
@@ -97,4 +110,4 @@ def finish_unit(run: UnitRun, work_dirs: Sequence[Path]) -> UnitReceipt:
     receipt = run.finish()
     for directory in work_dirs:
         write_receipt(directory, receipt)
-    return receipt
+    return receipt.without_parents()

@@ -89,5 +89,14 @@ def checkpoint_digest(tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -
     Args:
         tensors: stored name -> (dtype, shape, tensor digest). Codes and scales of an fp8 pair are two entries.
     """
-    lines = sorted(f"{name} {dtype} {shape_text(shape)} {digest}\n" for name, (dtype, shape, digest) in tensors.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return digest_of_lines(digest_line(name, *tensor) for name, tensor in tensors.items())
+
+
+def digest_line(name: str, dtype: str, shape: Iterable[int], digest: str) -> bytes:
+    """A tensor's line of the checkpoint digest."""
+    return f"{name} {dtype} {shape_text(shape)} {digest}\n".encode()
+
+
+def digest_of_lines(lines: Iterable[bytes]) -> str:
+    """The checkpoint digest over the lines of all tensors, in any order."""
+    return hashlib.sha256(b"".join(sorted(lines))).hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from remelt.checkpoint import CheckpointIndex
-from remelt.commit import MergedCheckpoint, OutputRun, find_finished, units_to_do
+from remelt.commit import MergedCheckpoint, OutputRun, Parents, check_outputs, find_finished, units_to_do
 from remelt.errors import RecipeError
 from remelt.executor import Executor, LocalExecutor
 from remelt.fingerprints import check_unchanged
@@ -93,10 +93,18 @@ def run_plan(
         return [merged for merged in finished if merged is not None]
     if plan.warnings:
         raise RecipeError("this plan cannot be merged: " + "; ".join(plan.warnings))
+    check_outputs(plan, outputs, force=force)
     started = time.perf_counter()
-    runs = [OutputRun(plan, output, number) for number, output in enumerate(outputs)]
+    layout = indexes[plan.layout_model]
+    runs = [OutputRun(plan, output, layout, number) for number, output in enumerate(outputs)]
     try:
         done = [run.begin(force=force) for run in runs]
+        finished = [find_finished(plan, output, number) for number, output in enumerate(outputs)]
+        if all(finished):
+            # Another process finished it between the first look and the lock.
+            for run in runs:
+                run.clear()
+            return [merged for merged in finished if merged is not None]
         todo = units_to_do(plan, done)
         total = sum(unit.read_bytes + unit.write_bytes * plan.settings.num_sets for unit in todo)
         progress.start(plan, total, len(plan.units) - len(todo))
@@ -110,8 +118,11 @@ def run_plan(
         for index in indexes:
             check_unchanged(index)
         ordered = [receipts[unit.unit_id] for unit in plan.units]
-        layout = indexes[plan.layout_model]
-        return [run.commit(ordered, layout, time.perf_counter() - started) for run in runs]
+        parents = Parents(plan, runs[0].work_dir)
+        published = [run.publish(ordered, parents, time.perf_counter() - started) for run in runs]
+        for run in runs:
+            run.clear()
+        return published
     finally:
         for run in runs:
             run.release()

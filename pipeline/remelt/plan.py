@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from remelt.checkpoint import CheckpointIndex, SourceFile, TensorInfo
@@ -180,6 +180,10 @@ class UnitReceipt:
     seconds: float
     peak_memory_bytes: int
     numerics: str
+
+    def without_parents(self) -> UnitReceipt:
+        """The receipt as it is kept in memory: records of parents stay in its file, there are K for each output."""
+        return replace(self, parents=())
 
     def to_json(self) -> str:
         return json.dumps(

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from remelt.agreement import Parents, agreed_sources, target_names
 from remelt.checkpoint import RAW, CheckpointIndex, Piece, TensorInfo
 from remelt.dtypes import DTYPES, tensor_bytes
 from remelt.errors import RecipeError
-from remelt.kernels.footprint import num_rounds
 from remelt.layout import Storable, cut_shards, order_in_shard, shard_names
-from remelt.memory import Sizes, default_memory_bytes, held_bytes, project
+from remelt.memory import Sizes, default_memory_bytes, held_bytes, project, rounds_of
 from remelt.numerics import numerics_tag
-from remelt.operators import OPERATORS
 from remelt.plan import (
     MergePlan,
     PlannedTensor,
@@ -28,9 +27,11 @@ from remelt.plan import (
     canonical_json,
     exact,
     model_files,
+    models_read,
     sha256_hex,
 )
 from remelt.recipe import Recipe
+from remelt.recipe_checks import installed_operators
 from remelt.resolve import resolve
 from remelt.tensor_classes import classify
 from remelt.treatment import Apply, Copy, Drop, Treatment
@@ -97,11 +98,13 @@ def build_plan(
         threads=budget.threads,
         num_sets=len(recipes),
         allowed_bytes=allowed,
+        device=budget.device,
     )
     numerics = numerics_tag(budget.device)
+    streams = [checkpoint.stream for checkpoint in first.checkpoints]
     fingerprints = [[file.fingerprint for file in index.files] for index in indexes]
     units = tuple(
-        _make_unit(number, file, group, fingerprints, numerics, first.seed, sizes)
+        _make_unit(number, file, group, fingerprints, numerics, first.seed, streams, sizes)
         for number, (file, group) in enumerate(zip(shard_names(len(groups)), groups, strict=True))
     )
     settings = RunSettings(
@@ -119,7 +122,7 @@ def build_plan(
     return MergePlan(
         run_id=sha256_hex(canonical_json([unit.unit_id for unit in units])),
         candidate_ids=tuple(
-            _candidate_id(drafts, number, fingerprints, numerics, first.seed) for number in range(len(recipes))
+            _candidate_id(drafts, number, fingerprints, numerics, first.seed, streams) for number in range(len(recipes))
         ),
         recipes=tuple(each.canonical() for each in recipes),
         settings=settings,
@@ -144,6 +147,7 @@ def plan_sizes(plan: MergePlan, units: Iterable[Unit] | None = None) -> Sizes:
         threads=plan.settings.threads,
         num_sets=plan.settings.num_sets,
         allowed_bytes=plan.settings.memory_bytes,
+        device=plan.settings.device,
     )
     return sizes
 
@@ -154,10 +158,23 @@ def _check_recipes(recipes: Sequence[Recipe], indexes: Sequence[CheckpointIndex]
         if not recipe.is_bound:
             names = ", ".join(variable.name for variable in recipe.variables)
             raise RecipeError(f"the recipe has ranges to search ({names}); a merge needs a number for each: bind it")
-        if (recipe.checkpoints, recipe.base, recipe.seed) != (first.checkpoints, first.base, first.seed):
-            raise RecipeError("coefficient sets of one plan must share checkpoints, base and seed")
+        if _without_numbers(recipe.canonical()) != _without_numbers(first.canonical()):
+            raise RecipeError("coefficient sets of one plan must be recipes that differ in their parameters alone")
     if len(indexes) != len(first.checkpoints):
         raise RecipeError(f"the recipe names {len(first.checkpoints)} checkpoints, {len(indexes)} were opened")
+
+
+def _without_numbers(document: Any) -> Any:
+    """A recipe's canonical form with its parameters left out; models that a rule names keep their names."""
+    if isinstance(document, Mapping):
+        if isinstance(document.get("models"), Mapping):
+            # A rule's models: names to their parameters.
+            document = {**document, "models": sorted(document["models"])}
+        left_out = {"parameters"} if "model" in document else {"parameters", "name"}
+        return {key: _without_numbers(value) for key, value in document.items() if key not in left_out}
+    if isinstance(document, list):
+        return [_without_numbers(item) for item in document]
+    return document
 
 
 def _draft_tensors(
@@ -173,7 +190,7 @@ def _draft_tensors(
     for name, row in zip(names, rows, strict=True):
         treatments = parents.with_fallbacks(name, row)
         first = treatments[0]
-        if isinstance(first, Drop):
+        if isinstance(first, Drop) and all(isinstance(treatment, Drop) for treatment in treatments):
             dropped.append(name)
             continue
         layout_info = parents.layout_info(name, first)
@@ -188,7 +205,9 @@ def _draft_tensors(
                 f"coefficient sets of one plan disagree on {name}: a copy in one, something else in another"
             )
         sources = agreed_sources(parents, name, treatments)
-        home = layout_info.pieces[0].file
+        base_info = parents.base_index.tensors.get(name)
+        # A tensor that the base lacks goes after all of the base's files.
+        home = len(parents.base_index.files) if base_info is None else base_info.pieces[0].file
         if isinstance(first, Copy):
             drafts.extend(_copy_drafts(name, treatments, first.model, sources[0][1], home))
             continue
@@ -256,6 +275,7 @@ def _make_unit(
     fingerprints: Sequence[Sequence[str]],
     numerics: str,
     seed: int,
+    streams: Sequence[int],
     sizes: Sizes,
 ) -> Unit:
     table: dict[Treatment, int] = {}
@@ -274,14 +294,14 @@ def _make_unit(
         "treatments": [treatment_identity(treatment) for treatment in table],
         "sources": _sources_identity(group, fingerprints),
         "numerics": numerics,
-        "seed": seed if any(_is_random(treatment) for treatment in table) else None,
+        "randomness": _randomness(table, seed, streams),
     }
     return Unit(
         sha256_hex(canonical_json(identity)),
         number,
         file,
         tuple(group),
-        sum(tensor.read_bytes * _passes(tensor, sizes) for tensor in group),
+        sum(tensor.read_bytes * _passes(tensor, sizes, numerics.partition("-")[0]) for tensor in group),
         sum(tensor.write_bytes for tensor in group),
     )
 
@@ -289,7 +309,7 @@ def _make_unit(
 def treatment_identity(treatment: Treatment) -> list[object]:
     """What of a treatment enters ids: everything that decides bytes, floats spelled exactly."""
     if isinstance(treatment, Apply):
-        version = OPERATORS[treatment.operator].version
+        version = installed_operators()[treatment.operator].version
         return ["apply", version, *(exact(part) for part in treatment)]
     assert isinstance(treatment, Copy)
     return ["copy", treatment.model]
@@ -305,7 +325,12 @@ def _sources_identity(tensors: Iterable[PlannedTensor], fingerprints: Sequence[S
 
 
 def _candidate_id(
-    drafts: Sequence[_Draft], number: int, fingerprints: Sequence[Sequence[str]], numerics: str, seed: int
+    drafts: Sequence[_Draft],
+    number: int,
+    fingerprints: Sequence[Sequence[str]],
+    numerics: str,
+    seed: int,
+    streams: Sequence[int],
 ) -> str:
     table: dict[Treatment, int] = {}
     tensors = [
@@ -322,20 +347,24 @@ def _candidate_id(
         "treatments": [treatment for _, treatment in treatments],
         "sources": [sorted(files) for files in fingerprints],
         "numerics": numerics,
-        "seed": seed if any(_is_random(treatment) for treatment in table) else None,
+        "randomness": _randomness(table, seed, streams),
     }
     return sha256_hex(canonical_json(identity))
 
 
+def _randomness(treatments: Iterable[Treatment], seed: int, streams: Sequence[int]) -> list[object] | None:
+    """What the draws depend on beside names and options: the seed, and the stream of each model that is drawn for."""
+    models = {place for treatment in treatments if _is_random(treatment) for place in models_read((treatment,))}
+    return [seed, [[place, streams[place]] for place in sorted(models)]] if models else None
+
+
 def _is_random(treatment: Treatment) -> bool:
-    return isinstance(treatment, Apply) and OPERATORS[treatment.operator].is_random
+    return isinstance(treatment, Apply) and installed_operators()[treatment.operator].is_random
 
 
-def _passes(tensor: PlannedTensor, sizes: Sizes) -> int:
+def _passes(tensor: PlannedTensor, sizes: Sizes, device: str) -> int:
     """How often a tensor's sources are read: once, unless the arena cannot keep them between rounds."""
-    if held_bytes(tensor) <= sizes.arena_bytes:
-        return 1
-    return 1 + max(num_rounds(treatment) for treatment in tensor.treatments if isinstance(treatment, Apply))
+    return 1 if held_bytes(tensor, device) <= sizes.arena_bytes else 1 + rounds_of(tensor, device)
 
 
 def _operators_by_class(

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from remelt.checkpoint import RAW, CheckpointIndex, Piece, TensorInfo
+from remelt.checkpoint import RAW, CheckpointIndex, Piece, SourceFile, TensorInfo
 from remelt.dtypes import DTYPES
 from remelt.errors import CheckpointError
 from remelt.kernels.program import geometry_of
@@ -39,6 +39,13 @@ class _OpenFile:
         # Unset where os.open raised.
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+def _is_same(path: Path, indexed: SourceFile) -> bool:
+    """Whether a file of another time has the indexed content: a copy on another node, such as its own Hub cache."""
+    from remelt.formats.safetensors_header import read_head
+
+    return read_head(path).fingerprint == indexed.fingerprint
 
 
 class RangeReader:
@@ -127,7 +134,7 @@ class RangeReader:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened: {error.strerror}; it was there when planned") from error
         found = os.fstat(opened.descriptor)
-        if (found.st_size, found.st_mtime_ns) != (indexed.size, indexed.mtime_ns):
+        if (found.st_size, found.st_mtime_ns) != (indexed.size, indexed.mtime_ns) and not _is_same(path, indexed):
             raise CheckpointError(
                 f"{path}: changed since it was indexed: {indexed.size:,} bytes then, {found.st_size:,} now, time "
                 f"{indexed.mtime_ns} then, {found.st_mtime_ns} now; plan again"

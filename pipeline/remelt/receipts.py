@@ -8,14 +8,14 @@ from pathlib import Path
 from remelt.errors import CheckpointError
 from remelt.formats.safetensors_header import parse_header, read_head
 from remelt.plan import OutputRecord, Unit, UnitReceipt
-from remelt.sinks import sync_directory, unwritable
+from remelt.sinks import sync_directory, temporary_name, unwritable
 
 SHARDS, RECEIPTS = "shards", "receipts"
 
 
 def write_file_durably(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all: temporary name, sync, rename, sync the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -60,6 +60,11 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other writer has: containers on two hosts often share process ids."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+
+
 def unwritable(path: Path, error: OSError) -> OutputError:
     """What to raise where the system refuses to write: a full disk, a quota, a device that fails."""
     return OutputError(
@@ -73,7 +78,7 @@ class ShardSink:
 
     def __init__(self, directory: Path, file: str, tensors: Sequence[PlannedTensor]) -> None:
         self._path = directory / file
-        self._temporary = directory / f".{file}.{os.getpid()}.tmp"
+        self._temporary = temporary_name(self._path)
         header = header_bytes(tensor.stored for tensor in tensors)
         self._data_start = len(header)
         self._end = len(header)
@@ -118,7 +123,8 @@ class ShardSink:
             self._written_back = self._end
 
     def finish(self) -> OutputRecord:
-        assert self._end == self._total_bytes, f"{self._path.name}: {self._end} of {self._total_bytes} bytes written"
+        if self._end != self._total_bytes:
+            raise AssertionError(f"{self._path.name}: {self._end} of {self._total_bytes} bytes written")
         try:
             os.fsync(self._fd)
             os.close(self._fd)

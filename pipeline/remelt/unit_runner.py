@@ -26,7 +26,7 @@ from remelt.errors import NonFiniteError
 from remelt.fingerprints import TensorDigest
 from remelt.kernels import count_nonfinite, make_program
 from remelt.kernels.program import Block, Geometry, Program, geometry_of
-from remelt.memory import COPY_BLOCK_BYTES, Sizes, block_rows, held_bytes, peak_memory_bytes
+from remelt.memory import COPY_BLOCK_BYTES, Sizes, held_bytes, peak_memory_bytes, tensor_block_rows
 from remelt.plan import PlannedTensor, RunSettings, TensorRecord, Unit, UnitReceipt
 from remelt.range_reader import RangeReader
 from remelt.sinks import Sink
@@ -67,11 +67,8 @@ class _TensorWork:
             self.block_bytes = COPY_BLOCK_BYTES
         else:
             self.programs = [_bind(planned, treatment, self.geometry, settings) for treatment in planned.treatments]
-            rows = block_rows(self.geometry, sizes.block_elements)
-            if any(getattr(program, "needs_whole_tensor", False) for program in self.programs):
-                rows = max(1, self.geometry.num_rows)
-            self.block_rows = rows
-            self.block_bytes = rows * self.geometry.row_length * itemsize
+            self.block_rows = tensor_block_rows(planned, self.geometry, sizes.block_elements, settings.device)
+            self.block_bytes = self.block_rows * self.geometry.row_length * itemsize
         self.num_rounds = max((program.num_rounds for program in self.programs), default=0)
         # A tensor without elements still passes through the sink once, as one empty block.
         self.num_blocks = max(1, -(-planned.stored.nbytes // max(1, self.block_bytes)))
@@ -121,7 +118,6 @@ class _Arena:
         self._used: list[tuple[int, int]] = []
 
     def take(self, size: int) -> tuple[int, Bytes] | None:
-        size = -(-size // 64) * 64
         start = 0
         for used_start, used_stop in sorted(self._used):
             if used_start - start >= size:
@@ -169,6 +165,8 @@ class UnitRunner:
         self._parents: list[tuple[int, TensorRecord]] = []
         self._read_by_worker = [0] * settings.threads
         self.write_bytes = 0
+        self.nonfinite_outputs: dict[str, int] = {}
+        """NaN and Inf values written, by tensor, over all coefficient sets."""
 
     @property
     def read_bytes(self) -> int:
@@ -188,6 +186,10 @@ class UnitRunner:
             thread.join()
         if self._failure is not None:
             raise self._failure
+        if self._next_tensor < len(self._unit.tensors) or self._num_drained < self._sequence or self._active:
+            raise AssertionError(
+                f"{self._unit.file}: stopped at tensor {self._next_tensor} of {len(self._unit.tensors)}"
+            )
         return self._parents
 
     def _run_worker(self, worker: int) -> None:
@@ -244,7 +246,7 @@ class UnitRunner:
         if self._next_tensor == len(self._unit.tensors) or len(self._active) >= self._sizes.num_tensors:
             return False
         planned = self._unit.tensors[self._next_tensor]
-        need = held_bytes(planned)
+        need = held_bytes(planned, self._settings.device)
         place = None
         if need and need <= self._arena.size:
             place = self._arena.take(need)
@@ -271,6 +273,8 @@ class UnitRunner:
         with self._changed:
             if work.round < work.num_rounds:
                 work.round, work.next_block, work.is_finishing = work.round + 1, 0, False
+                # A program may find that it has measured enough.
+                work.num_rounds = max(program.num_rounds for program in work.programs)
             else:
                 self._active.remove(work)
                 if work.arena_start >= 0:
@@ -309,6 +313,8 @@ class UnitRunner:
         }
         itemsize = DTYPES[work.planned.stored.dtype].item_bits // 8
         outs = [output[: elements * itemsize] for output in claim.outputs]
+        if any(out.nbytes != elements * itemsize for out in outs):
+            raise AssertionError(f"{work.planned.name}: an output buffer is smaller than {elements * itemsize} bytes")
         for number, (treatment, program) in enumerate(zip(work.planned.treatments, work.programs, strict=True)):
             assert isinstance(treatment, Apply)
             block = Block(
@@ -337,6 +343,8 @@ class UnitRunner:
             else:
                 view = buffer[used : used + size]
                 used += size
+            if view.nbytes != size:
+                raise AssertionError(f"{work.planned.name}: a buffer of {view.nbytes} bytes for {size}")
             if is_first or work.arena is None:
                 self._read(place, info, start, view, worker)
             views.append(view)
@@ -388,6 +396,8 @@ class UnitRunner:
                     num_nonfinite = count_nonfinite(as_stored(out, stored.dtype), stored.dtype)
                 sink.write(stored, start, out, num_nonfinite)
                 self.write_bytes += out.nbytes
+                if num_nonfinite:
+                    self.nonfinite_outputs[stored.name] = self.nonfinite_outputs.get(stored.name, 0) + num_nonfinite
                 self._on_bytes(out.nbytes)
             with self._changed:
                 self._num_drained += 1
@@ -408,9 +418,10 @@ class UnitRun:
         on_bytes: OnBytes = lambda _: None,
     ) -> None:
         self._unit, self._settings, self._sinks = unit, settings, sinks
-        self._runner = UnitRunner(unit, settings, sizes, readers, sinks, on_bytes)
+        self._runner: UnitRunner | None = UnitRunner(unit, settings, sizes, readers, sinks, on_bytes)
         self._started = time.perf_counter()
         self._parents: list[tuple[int, TensorRecord]] = []
+        self._read_bytes = self._write_bytes = 0
 
     def work(self) -> None:
         """Merge the unit into its sinks.
@@ -418,14 +429,20 @@ class UnitRun:
         Raises NonFiniteError after the unit's pass, naming every parent tensor with NaN or Inf, unless they are
         allowed. On any failure the sinks are aborted.
         """
+        runner = self._runner
+        assert runner is not None, "a unit is worked once"
         try:
-            self._parents = self._runner.run()
+            self._parents = runner.run()
             if not self._settings.allow_nonfinite:
-                _refuse_nonfinite(self._parents, self._settings)
+                refuse_nonfinite(self._parents, self._settings)
+                _refuse_nonfinite_outputs(runner.nonfinite_outputs)
         except BaseException:
             for sink in self._sinks:
                 sink.abort()
             raise
+        self._read_bytes, self._write_bytes = runner.read_bytes, runner.write_bytes
+        # The next unit is worked while this one is synced: its buffers must be free by then.
+        self._runner = None
 
     def finish(self) -> UnitReceipt:
         """Make the outputs durable; the receipt proves it."""
@@ -434,15 +451,16 @@ class UnitRun:
             self._unit.unit_id,
             outputs,
             tuple(self._parents),
-            self._runner.read_bytes,
-            self._runner.write_bytes,
+            self._read_bytes,
+            self._write_bytes,
             time.perf_counter() - self._started,
             peak_memory_bytes(),
             self._settings.numerics,
         )
 
 
-def _refuse_nonfinite(parents: Sequence[tuple[int, TensorRecord]], settings: RunSettings) -> None:
+def refuse_nonfinite(parents: Sequence[tuple[int, TensorRecord]], settings: RunSettings) -> None:
+    """Raise NonFiniteError where a parent's tensor holds NaN or Inf, naming ten at most."""
     found = [
         f"{record.name} of {settings.models[place].source} ({record.num_nonfinite} values)"
         for place, record in parents
@@ -453,4 +471,14 @@ def _refuse_nonfinite(parents: Sequence[tuple[int, TensorRecord]], settings: Run
         raise NonFiniteError(
             f"NaN or Inf in a parent: {shown}. Nothing is published. Repair the checkpoint, leave the tensor out by a "
             f"rule, or allow it with `allow_nonfinite: true` in the recipe"
+        )
+
+
+def _refuse_nonfinite_outputs(counts: dict[str, int]) -> None:
+    if counts:
+        name, count = next(iter(counts.items()))
+        raise NonFiniteError(
+            f"the merge of finite parents has NaN or Inf in {len(counts)} tensors, such as {name} ({count} values): "
+            "the output dtype is too narrow or a coefficient too large. Nothing is published. Write a wider "
+            "`out_dtype`, or allow it with `allow_nonfinite: true` in the recipe"
         )

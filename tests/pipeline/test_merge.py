@@ -323,8 +323,9 @@ def test_two_processes_cannot_merge_into_one_output(pool: dict[str, Path], tmp_p
     from remelt.commit import OutputRun
 
     recipe = make_recipe(pool, "linear")
-    plan = build_plan(recipe, open_checkpoints(recipe), Budget(memory_bytes=200 * MB))
-    holder = OutputRun(plan, tmp_path / "out")
+    indexes = open_checkpoints(recipe)
+    plan = build_plan(recipe, indexes, Budget(memory_bytes=200 * MB))
+    holder = OutputRun(plan, tmp_path / "out", indexes[0])
     holder.begin()
     with pytest.raises(OutputError, match="another process"):
         merge_recipe(recipe, tmp_path / "out", threads=1, memory_bytes=200 * MB)
