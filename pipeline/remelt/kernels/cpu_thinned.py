@@ -281,11 +281,14 @@ class Banded(Elementwise):
                 if histograms is not None:
                     self._descend(place, histograms[place].astype(np.int64), lower)
                     continue
-                members = np.concatenate([self._gathered[first][0][place] for first in order])
-                self._descend(place, np.bincount(members, minlength=select.LOWER_BINS), lower)
-                ends = np.cumsum(np.concatenate([self._gathered[first][1][place] for first in order]))
-                ties_before = np.concatenate([[0], np.cumsum(members == lower[place])])[ends]
-                self._leaf_ties[:, place] = np.diff(ties_before, prepend=0)
+                histogram = np.zeros(select.LOWER_BINS, np.int64)
+                for first in order:
+                    select.tally(self._gathered[first][0][place], histogram)
+                self._descend(place, histogram, lower)
+                for first in order:
+                    pieces, leaf_counts = self._gathered[first]
+                    ties = self._leaf_ties[first : first + leaf_counts.shape[1], place]
+                    select.tally_equal(pieces[place], leaf_counts[place], lower[place], ties)
             self._limits = (self._bins << np.uint32(16)) | lower
             self._gathered.clear()
             if self._is_gathering:
@@ -316,9 +319,7 @@ class Ranked(Thinned):
         super().__init__(sources, merge, is_thinned_K)
         self._has_draws = False
         self._keys = np.zeros((sources.num_models, 1, 2), np.uint32)
-        self._thresholds = np.zeros((sources.num_models, 0), np.uint32)
-        self._factors = np.zeros((sources.num_models, 0), np.float32)
-        self._ranges = np.zeros((sources.num_models, 2), np.int64)
+        self._by_rank = np.zeros((sources.num_models, sources.geometry.row_length), np.uint64)
 
     @classmethod
     def by_draws(
@@ -334,14 +335,12 @@ class Ranked(Thinned):
         program = cls(sources, merge, [density < 1 for density in density_K])
         program._has_draws = True
         program._keys = keys_of(sources, seed, streams_K)
-        shape = (sources.num_models, sources.geometry.row_length)
-        program._thresholds, program._factors = np.zeros(shape, np.uint32), np.ones(shape, np.float32)
         for model, pair in enumerate(zip(density_K, half_width_K, strict=True)):
             if program._is_thinned[model]:
-                probabilities = rank_probabilities(shape[1], *pair)
-                program._thresholds[model] = thresholds_of(probabilities)
-                if merge.rescale == "keep":
-                    program._factors[model] = (1.0 / probabilities).astype(np.float32)
+                probabilities = rank_probabilities(sources.geometry.row_length, *pair)
+                factors = 1.0 / probabilities if merge.rescale == "keep" else np.ones_like(probabilities)
+                upper = factors.astype(np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32)
+                program._by_rank[model] = upper | thresholds_of(probabilities)
         return program
 
     @classmethod
@@ -350,7 +349,8 @@ class Ranked(Thinned):
         length = sources.geometry.row_length
         ranges = [kept_range(length, *pair) if length else (0, 0) for pair in zip(density_K, gamma_K, strict=True)]
         program = cls(sources, merge, [pair != (0, length) for pair in ranges])
-        program._ranges = np.array(ranges, np.int64)
+        for model, (start, stop) in enumerate(ranges):
+            program._by_rank[model, start:stop] = 1
         return program
 
     def _run(self, block: Block, out_address: int, norms: NDArray[np.float64]) -> None:
@@ -363,9 +363,7 @@ class Ranked(Thinned):
             self._is_thinned,
             self._has_draws,
             self._keys,
-            self._thresholds,
-            self._factors,
-            self._ranges,
+            self._by_rank,
             sources.geometry.row_length,
             sources.geometry.leaf_rows,
             block.first_row,

@@ -13,7 +13,7 @@ from remelt.treatment import Apply
 CHUNK_ELEMENTS = 2048
 UPPER_BINS, LOWER_BINS, TABLES = 1 << 15, 1 << 16, 2
 CANDIDATE_LIMIT = 1 << 22
-RADIX_BYTES = 3 * 2048 * 4
+RADIX_BYTES = 2048 * 4
 LANE_BYTES = 64 * 8
 
 
@@ -70,7 +70,7 @@ def program_bytes(apply: Apply, geometry: Geometry, num_workers: int, block_elem
         return num_workers * scratch + norms + _selection_bytes(apply, options, geometry, num_workers, block_elements)
     if apply.operator in ("dare_linear", "dare_ties"):
         return num_workers * scratch + norms
-    row_scratch = (num_models + 1) * max(CHUNK_ELEMENTS, row_length) * 4 + 6 * row_length * 4 + RADIX_BYTES
+    row_scratch = (num_models + 1) * max(CHUNK_ELEMENTS, row_length) * 4 + row_length * (4 + 8 + 16) + RADIX_BYTES
     return num_workers * (scratch + row_scratch) + num_models * row_length * 8 + norms
 
 
@@ -84,7 +84,7 @@ def _selection_bytes(
     leaf_bytes = leaves * (num_models * (2 * 4 + 2 * 8) + num_cuts * 3 * 8)
     upper = num_workers * num_models * UPPER_BINS * TABLES * 4 + num_models * UPPER_BINS * 8 * 2
     limit = min(CANDIDATE_LIMIT, n // 16)
-    # Gathered members, their concatenation with its tie counts, and each worker's buffer for one block.
+    # Gathered members, and each worker's buffer for one block.
     gathered = (
         num_cuts * limit * 2 + limit * (2 + 8 + 8 + 1) + num_workers * num_cuts * (min(limit, block_elements) + 1) * 2
     )

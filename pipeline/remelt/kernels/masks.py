@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from remelt.draws import MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, MIX_SHIFT_1, MIX_SHIFT_2, MIX_SHIFT_3
+from remelt.kernels.codec import float_of
 from remelt.kernels.compile import part
 
 M1, M2 = np.uint32(MIX_MULTIPLIER_1), np.uint32(MIX_MULTIPLIER_2)
@@ -32,13 +33,13 @@ def draw_run(keys, first, size, out):  # type: ignore[no-untyped-def]
     """Bits of flat indexes [first, first + size) of one model; `keys` is (spans of 2^32, 2)."""
     done = 0
     while done < size:
-        index = first + done
-        low = index & (SPAN - 1)
-        num = min(size - done, SPAN - low)
+        index, num = first + done, min(size - done, SPAN - ((first + done) & (SPAN - 1)))
         k0, k1 = keys[index >> 32, 0], keys[index >> 32, 1]
         piece = out[done : done + num]
+        low = np.uint32(index & (SPAN - 1))  # counts in 32 bits, beside j, to be one vector of 32-bit numbers
         for j in range(num):
-            piece[j] = draw(np.uint32(low + j), k0, k1)
+            piece[j] = draw(low, k0, k1)
+            low = np.uint32(low + np.uint32(1))
         done += num
 
 
@@ -47,30 +48,31 @@ def drop_chunk(values, size, keys, first, threshold):  # type: ignore[no-untyped
     """DARE: zero what is drawn out."""
     done = 0
     while done < size:
-        index = first + done
-        low = np.uint32(index & (SPAN - 1))
-        num = min(size - done, SPAN - (index & (SPAN - 1)))
+        index, num = first + done, min(size - done, SPAN - ((first + done) & (SPAN - 1)))
         k0, k1 = keys[index >> 32, 0], keys[index >> 32, 1]
         piece = values[done : done + num]
+        low = np.uint32(index & (SPAN - 1))
         for j in range(num):
-            bits = draw(np.uint32(low + np.uint32(j)), k0, k1)
-            piece[j] = piece[j] if bits < threshold else np.float32(0.0)
+            piece[j] = piece[j] if draw(low, k0, k1) < threshold else np.float32(0.0)
+            low = np.uint32(low + np.uint32(1))
         done += num
 
 
 @part
-def drop_by_rank(values, ranks, size, keys, first, thresholds, factors, bits, limits, scales):  # type: ignore[no-untyped-def]
-    """DELLA: zero what is drawn out under the threshold of its rank, multiply the rest by the factor of its rank.
+def drop_ranked(values, chances, size, keys, first):  # type: ignore[no-untyped-def]
+    """DELLA: zero what is drawn out under its own threshold, multiply the rest by its own factor.
 
-    `bits`, `limits` (uint32) and `scales` (float32) are scratch of at least `size`: look-ups and comparisons are loops of
-    their own because a look-up inside the conditional would become a branch that is mispredicted half of the time.
+    `chances` (uint64) holds an element's threshold in the lower 32 bits, the bits of its float32 factor in the upper.
     """
-    draw_run(keys, first, size, bits)
-    for j in range(size):
-        rank = ranks[j]
-        limits[j] = thresholds[rank]
-        scales[j] = factors[rank]
-    for j in range(size):
-        scales[j] = values[j] * scales[j]
-    for j in range(size):
-        values[j] = scales[j] if bits[j] < limits[j] else np.float32(0.0)
+    done = 0
+    while done < size:
+        index, num = first + done, min(size - done, SPAN - ((first + done) & (SPAN - 1)))
+        k0, k1 = keys[index >> 32, 0], keys[index >> 32, 1]
+        piece, odds = values[done : done + num], chances[done : done + num]
+        low = np.uint32(index & (SPAN - 1))
+        for j in range(num):
+            chance = odds[j]
+            scaled = piece[j] * float_of(np.uint32(chance >> np.uint64(32)))
+            piece[j] = scaled if draw(low, k0, k1) < np.uint32(chance) else np.float32(0.0)
+            low = np.uint32(low + np.uint32(1))
+        done += num

@@ -1,4 +1,4 @@
-"""Row ranks by magnitude: counting on the upper bits, then a look at who still stands in the wrong place.
+"""Row ranks by magnitude, and what each rank gets: counting on the upper bits, then a look at who still stands in the wrong place.
 
 Rows of differences of 16-bit numbers have few distinct magnitudes, and their upper 16 bits as float32 nearly always
 tell them apart. So one stable counting sort on those bits leaves the row in order but for a few neighbours, which an
@@ -14,7 +14,6 @@ from remelt.kernels.codec import bits_of
 from remelt.kernels.compile import part
 
 DIGIT_BITS = 11
-MAX_DIGITS = 3
 MAGNITUDE = 0x7FFFFFFF
 SWAPS = 2
 """Expected insertion steps for each element above which the radix sort is quicker."""
@@ -50,24 +49,24 @@ def upper_digits(keys, size, shift, floor, digits):  # type: ignore[no-untyped-d
 
 
 @part
-def ranks_of(values, size, descending, keys, work, counts, ranks):  # type: ignore[no-untyped-def]
-    """Stable ranks of the magnitudes of a row, from 0, into `ranks` (uint32).
+def deal_by_rank(values, size, descending, by_rank, keys, work, counts, out):  # type: ignore[no-untyped-def]
+    """out[j] = by_rank[stable rank of |values[j]| in the row], ranks from 0; all uint64.
 
-    `keys` is uint32 (size,); `work` uint32 (3, size); `counts` uint32 (MAX_DIGITS, 2 ** DIGIT_BITS).
+    `keys` is uint32 (size,); `work` uint64 (2, size); `counts` uint32 (2 ** DIGIT_BITS,).
     """
     largest = magnitude_keys(values, size, keys)
     shift = np.uint32(16) if size <= 4096 else np.uint32(15)
     num_bins = 1024 if size <= 4096 else 2048
     top = np.uint32(largest >> shift)
     floor = np.uint32(top - np.uint32(num_bins - 3)) if top > np.uint32(num_bins - 3) else np.uint32(0)
-    digits = work[0]
+    digits = work[0].view(np.uint32)
     unsure = upper_digits(keys, size, shift, floor, digits)
     if descending:
         last = np.uint32(num_bins - 1)
         for j in range(size):
             digits[j] = np.uint32(last - digits[j])
             keys[j] = np.uint32(np.uint32(MAGNITUDE) - keys[j])
-    count = counts[0][:num_bins]
+    count = counts[:num_bins]
     count[:] = 0
     for j in range(size):
         count[digits[j]] += np.uint32(1)
@@ -76,7 +75,7 @@ def ranks_of(values, size, descending, keys, work, counts, ranks):  # type: igno
         for place in range(num_bins):
             crowding += np.float64(count[place]) * np.float64(count[place])
     if crowding * unsure > 2.0 * SWAPS * np.float64(size) * np.float64(size):
-        radix_ranks(values, size, descending, keys, work, counts, ranks)
+        radix_deal(values, size, descending, by_rank, keys, work, counts, out)
         return
     total = np.uint32(0)
     for place in range(num_bins):
@@ -85,30 +84,30 @@ def ranks_of(values, size, descending, keys, work, counts, ranks):  # type: igno
         total = np.uint32(total + here)
     if unsure == np.uint32(0):
         for j in range(size):
-            place = digits[j]
-            ranks[j] = count[place]
-            count[place] += np.uint32(1)
+            digit = digits[j]
+            out[j] = by_rank[count[digit]]
+            count[digit] += np.uint32(1)
         return
-    order, ordered = work[1], work[2]
+    # Magnitude above index in one number: to compare them is to sort stably.
+    ordered = work[1]
     for j in range(size):
-        place = digits[j]
-        to = count[place]
-        count[place] += np.uint32(1)
-        order[to] = np.uint32(j)
-        ordered[to] = keys[j]
+        digit = digits[j]
+        to = count[digit]
+        count[digit] += np.uint32(1)
+        ordered[to] = np.uint64(np.uint64(keys[j]) << np.uint64(32)) | np.uint64(j)
+    before = ordered[0]
     for place in range(1, size):
-        key = ordered[place]
-        if key < ordered[place - 1]:
-            element = order[place]
+        entry = ordered[place]
+        if entry < before:
             to = place
-            while to > 0 and key < ordered[to - 1]:
+            while to > 0 and entry < ordered[to - 1]:
                 ordered[to] = ordered[to - 1]
-                order[to] = order[to - 1]
                 to -= 1
-            ordered[to] = key
-            order[to] = element
+            ordered[to] = entry
+        else:
+            before = entry
     for place in range(size):
-        ranks[order[place]] = np.uint32(place)
+        out[np.uint32(ordered[place])] = by_rank[place]
 
 
 @part
@@ -123,7 +122,7 @@ def compact_keys(values, size, keys):  # type: ignore[no-untyped-def]
         largest = max(largest, key)
         used = np.uint32(used | key)
         smallest = min(smallest, key if key != np.uint32(0) else np.uint32(0xFFFFFFFF))
-    if largest == 0:
+    if largest == np.uint32(0):
         return 0
     shift = np.uint32(0)
     while np.uint32(np.uint32(used >> shift) & np.uint32(1)) == np.uint32(0):
@@ -142,44 +141,31 @@ def compact_keys(values, size, keys):  # type: ignore[no-untyped-def]
 
 
 @part
-def radix_ranks(values, size, descending, keys, work, counts, ranks):  # type: ignore[no-untyped-def]
-    """As `ranks_of`, by a least significant digit radix sort over the bits that differ."""
+def radix_deal(values, size, descending, by_rank, keys, work, counts, out):  # type: ignore[no-untyped-def]
+    """As `deal_by_rank`, by a least significant digit radix sort over the bits that differ."""
     bits = compact_keys(values, size, keys)
-    if bits == 0:
-        for j in range(size):
-            ranks[j] = np.uint32(j)
-        return
-    if descending:
-        top = np.uint32((np.uint64(1) << np.uint64(bits)) - np.uint64(1))
-        for j in range(size):
-            keys[j] = np.uint32(top - keys[j])
-    num_digits = (bits + DIGIT_BITS - 1) // DIGIT_BITS
-    width = np.uint32((bits + num_digits - 1) // num_digits)
-    mask = np.uint32((np.uint32(1) << width) - np.uint32(1))
-    order, rest = work[0], work[1]
-    order_next, rest_next = work[2], ranks
+    top = np.uint32((np.uint64(1) << np.uint64(bits)) - np.uint64(1))
+    entries, entries_next = work[0], work[1]
     for j in range(size):
-        order[j] = np.uint32(j)
-        rest[j] = keys[j]
+        key = np.uint32(top - keys[j]) if descending else keys[j]
+        entries[j] = np.uint64(np.uint64(key) << np.uint64(32)) | np.uint64(j)
+    num_digits = (bits + DIGIT_BITS - 1) // DIGIT_BITS
+    mask = np.uint64((1 << DIGIT_BITS) - 1)
     for digit in range(num_digits):
-        count = counts[digit]
-        count[:] = 0
+        down = np.uint64(32 + digit * DIGIT_BITS)
+        counts[:] = 0
         for j in range(size):
-            count[np.uint32(rest[j] & mask)] += np.uint32(1)
+            counts[np.uint64(entries[j] >> down) & mask] += np.uint32(1)
         total = np.uint32(0)
-        for place in range(len(count)):
-            here = count[place]
-            count[place] = total
+        for place in range(len(counts)):
+            here = counts[place]
+            counts[place] = total
             total = np.uint32(total + here)
         for j in range(size):
-            place = np.uint32(rest[j] & mask)
-            to = count[place]
-            count[place] += np.uint32(1)
-            order_next[to] = order[j]
-            rest_next[to] = np.uint32(rest[j] >> width)
-        order, order_next = order_next, order
-        rest, rest_next = rest_next, rest
+            entry = entries[j]
+            place = np.uint64(entry >> down) & mask
+            entries_next[counts[place]] = entry
+            counts[place] += np.uint32(1)
+        entries, entries_next = entries_next, entries
     for place in range(size):
-        keys[order[place]] = np.uint32(place)
-    for j in range(size):
-        ranks[j] = keys[j]
+        out[np.uint32(entries[place])] = by_rank[place]

@@ -6,24 +6,10 @@ import numpy as np
 
 from remelt.kernels.codec import CHUNK, decode, encode
 from remelt.kernels.combine import add_magnitudes, merge_chunk
-from remelt.kernels.compile import compiled, part
-from remelt.kernels.masks import drop_by_rank
-from remelt.kernels.ranks import DIGIT_BITS, MAX_DIGITS, ranks_of
+from remelt.kernels.compile import compiled
+from remelt.kernels.masks import drop_ranked
+from remelt.kernels.ranks import DIGIT_BITS, deal_by_rank
 from remelt.kernels.weighted import LANES, read_chunk
-
-
-@part
-def thin_row(  # type: ignore[no-untyped-def]
-    values, size, first, has_draws, keys, thresholds, factors, start, stop, sort_keys, work, counts, ranks, scales
-):
-    """Thin one row of one model in place: by draws under its ranks, or to descending ranks [start, stop)."""
-    ranks_of(values, size, not has_draws, sort_keys, work, counts, ranks)
-    if has_draws:
-        drop_by_rank(values, ranks, size, keys, first, thresholds, factors, work[0], work[1], scales)
-        return
-    for j in range(size):
-        is_kept = (ranks[j] >= np.uint32(start)) & (ranks[j] < np.uint32(stop))
-        values[j] = values[j] if is_kept else np.float32(0.0)
 
 
 @compiled
@@ -33,9 +19,7 @@ def thin_rows(  # type: ignore[no-untyped-def]
     is_thinned,
     has_draws,
     keys,
-    thresholds,
-    factors,
-    ranges,
+    by_rank,
     row_length,
     leaf_rows,
     first_row,
@@ -50,8 +34,9 @@ def thin_rows(  # type: ignore[no-untyped-def]
 ):
     """Thin every row of a block and merge; or, where `norms` (leaves, 2 K) has rows, sum magnitudes before and after.
 
-    `addresses[0]` is the base. Per model: `is_thinned`; `keys` (K, spans, 2), `thresholds` and `factors` (K, row_length)
-    for draws by rank; `ranges` (K, 2), the descending ranks that are kept without draws. `numbers` as in `merge_chunk`.
+    `addresses[0]` is the base. Per model: `is_thinned`; `by_rank` (K, row_length), with draws what `drop_ranked` takes for
+    each ascending rank, without them 1 for each descending rank that is kept and 0 for the others; `keys` (K, spans, 2).
+    `numbers` as in `merge_chunk`.
     """
     num_models = len(addresses) - 1
     group_rows = max(1, min(leaf_rows, CHUNK // row_length))
@@ -59,10 +44,9 @@ def thin_rows(  # type: ignore[no-untyped-def]
     base = np.empty(length, np.float32)
     kept = np.empty((num_models, length), np.float32)
     sort_keys = np.empty(row_length, np.uint32)
-    ranks = np.empty(row_length, np.uint32)
-    work = np.empty((3, row_length), np.uint32)
-    row_scales = np.empty(row_length, np.float32)
-    counts = np.empty((MAX_DIGITS, 1 << DIGIT_BITS), np.uint32)
+    dealt = np.empty(row_length, np.uint64)
+    work = np.empty((2, row_length), np.uint64)
+    counts = np.empty(1 << DIGIT_BITS, np.uint32)
     scratch = np.empty((3, CHUNK), np.float32)
     lanes = np.zeros((2 * num_models, LANES), np.float64)
     for leaf_start in range(0, num_rows, leaf_rows):
@@ -78,23 +62,13 @@ def thin_rows(  # type: ignore[no-untyped-def]
                     add_magnitudes(kept[i], size, lanes[2 * i])
                 if is_thinned[i]:
                     for start in range(0, size, row_length):
-                        first = first_row * row_length + place + start
-                        thin_row(
-                            kept[i][start : start + row_length],
-                            row_length,
-                            first,
-                            has_draws,
-                            keys[i],
-                            thresholds[i],
-                            factors[i],
-                            ranges[i, 0],
-                            ranges[i, 1],
-                            sort_keys,
-                            work,
-                            counts,
-                            ranks,
-                            row_scales,
-                        )
+                        values = kept[i][start : start + row_length]
+                        deal_by_rank(values, row_length, not has_draws, by_rank[i], sort_keys, work, counts, dealt)
+                        if has_draws:
+                            drop_ranked(values, dealt, row_length, keys[i], first_row * row_length + place + start)
+                            continue
+                        for j in range(row_length):
+                            values[j] = values[j] if dealt[j] != np.uint64(0) else np.float32(0.0)
                 if len(norms):
                     add_magnitudes(kept[i], size, lanes[2 * i + 1])
             if len(norms) == 0:

@@ -20,6 +20,8 @@ LOWER_BINS = 1 << 16
 TABLES = 2
 """Interleaved counters for each bin: the same bin again would otherwise wait for its own last store."""
 NEVER = 0xFFFFFFFF
+GROUP = 16
+"""Elements that are looked at together before one is looked at alone."""
 
 
 @part
@@ -54,6 +56,48 @@ def count_upper(addresses, kinds, is_wanted, count, histograms):  # type: ignore
                 table[np.uint32(places[j]) * np.uint32(TABLES)] += np.uint32(1)
 
 
+@part
+def holds_bin(bits, wanted):  # type: ignore[no-untyped-def]
+    """Whether one of GROUP elements lies in the bin."""
+    found = np.uint32(0)
+    for j in range(GROUP):
+        found = np.uint32(found | np.uint32(np.uint32(bits[j] >> np.uint32(16)) == wanted))
+    return found != np.uint32(0)
+
+
+@part
+def append_members(bits, start, stop, wanted, found, place):  # type: ignore[no-untyped-def]
+    """Append the lower bits of the bin's members, without a branch: written always, kept by moving on.
+
+    `found` has one place to spare for each cut.
+    """
+    for j in range(start, stop):
+        key = bits[j]
+        found[place] = np.uint16(key & np.uint32(0xFFFF))
+        place += np.int64(np.uint32(key >> np.uint32(16)) == wanted)
+    return place
+
+
+@compiled
+def tally(members, histogram):  # type: ignore[no-untyped-def]
+    """Count gathered lower bits into `histogram` (LOWER_BINS,)."""
+    for j in range(len(members)):
+        histogram[members[j]] += 1
+
+
+@compiled
+def tally_equal(members, leaf_counts, lower, out):  # type: ignore[no-untyped-def]
+    """For each leaf of a block, how many of its gathered lower bits are `lower`, into `out` (leaves,)."""
+    start = 0
+    for leaf in range(len(leaf_counts)):
+        stop = start + leaf_counts[leaf]
+        ties = 0
+        for j in range(start, stop):
+            ties += np.int64(members[j] == lower)
+        out[leaf] = ties
+        start = stop
+
+
 @compiled
 def gather_lower(  # type: ignore[no-untyped-def]
     addresses, kinds, models, bins, leaf_elements, count, found, offsets, leaf_counts
@@ -79,11 +123,11 @@ def gather_lower(  # type: ignore[no-untyped-def]
                     magnitude_bits(addresses[i], kinds[i], base, start, size, values, bits)
                 wanted = bins[cut]
                 place = used[cut]
-                for j in range(size):
-                    # Without a branch: written always, kept by moving on. `found` has one place to spare for each cut.
-                    key = bits[j]
-                    found[place] = np.uint16(key & np.uint32(0xFFFF))
-                    place += np.int64(1 if np.uint32(key >> np.uint32(16)) == wanted else 0)
+                whole = size - size % GROUP
+                for group in range(0, whole, GROUP):
+                    if holds_bin(bits[group : group + GROUP], wanted):
+                        place = append_members(bits, group, group + GROUP, wanted, found, place)
+                place = append_members(bits, whole, size, wanted, found, place)
                 used[cut] = place
         for cut in range(len(models)):
             leaf_counts[cut, leaf] = used[cut] - before[cut]
