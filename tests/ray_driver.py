@@ -14,6 +14,21 @@ from pathlib import Path
 from typing import Any
 
 
+def find_writers(output: Path) -> list[int]:
+    """Ray workers that have a shard of an unfinished output open: they are at work on a unit of it now."""
+    shards = str(output.absolute() / ".remelt" / "shards") + "/"
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and (process / "cmdline").read_bytes().startswith(b"ray::"):
+                files = [str(link.readlink()) for link in (process / "fd").iterdir()]
+                if any(file.startswith(shards) for file in files):
+                    found.append(int(process.name))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
 class RayDriver:
     """The driver's process, seen from the tests."""
 
