@@ -25,7 +25,8 @@ R = TypeVar("R")
 def cache_dir() -> str:
     """Where compiled kernels of exactly these sources are kept."""
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    # The constants of the draws are compiled into the kernels.
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "draws.py"):
         digest.update(path.read_bytes())
     parent = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     return str(Path(parent) / "remelt" / "kernels" / digest.hexdigest()[:16])
@@ -40,7 +41,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def part(function: Callable[P, R]) -> Callable[P, R]:
-    """As `compiled`, for a function that only kernels call: without the wrappers for Python, which cost time to compile."""
+    """As `compiled`, for a function that only kernels call: without wrappers for Python, which take time to compile."""
     return _jit(function, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
 
 

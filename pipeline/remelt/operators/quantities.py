@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from remelt.draws import keep_threshold
 from remelt.errors import OperatorError
+from remelt.operators.angles import arc_cosine, sine
 from remelt.operators.spec import PerModel
 
 NO_ELECTION_SUM_FLOOR = 1e-8
@@ -174,8 +175,9 @@ def slerp_coefficients(gram: NDArray[np.float64], t: float) -> tuple[float, floa
     dot = min(1.0, max(-1.0, gram[0, 1] / scale0 / scale1))
     if abs(dot) > SLERP_DOT_THRESHOLD:
         return float32(1 - t), float32(t)
-    omega = math.acos(dot)
-    return float32(math.sin((1 - t) * omega) / math.sin(omega)), float32(math.sin(t * omega) / math.sin(omega))
+    omega = arc_cosine(dot)
+    first, second = sine((1 - t) * omega) / sine(omega), sine(t * omega) / sine(omega)
+    return float32(float(first)), float32(float(second))
 
 
 def nuslerp_t(coefficients_K: Sequence[float]) -> float:
@@ -189,10 +191,9 @@ def nuslerp_coefficients(gram: NDArray[np.float64], t: float) -> NDArray[np.floa
     product = np.sqrt(gram[..., 0, 0]) * np.sqrt(gram[..., 1, 1])
     cos = np.clip(np.where(product > 0, gram[..., 0, 1] / np.where(product > 0, product, 1.0), 0.0), -1.0, 1.0)
     is_parallel = 1 - cos * cos <= NUSLERP_SIN_FLOOR**2
-    omega = np.arccos(np.where(is_parallel, 0.0, cos))
-    sine = np.sin(omega)
-    first = np.where(is_parallel, 1 - t, np.sin((1 - t) * omega) / sine)
-    second = np.where(is_parallel, t, np.sin(t * omega) / sine)
+    omega = arc_cosine(np.where(is_parallel, 0.0, cos))
+    first = np.where(is_parallel, 1 - t, sine((1 - t) * omega) / sine(omega))
+    second = np.where(is_parallel, t, sine(t * omega) / sine(omega))
     return np.stack([first, second], axis=-1).astype(np.float32)
 
 
