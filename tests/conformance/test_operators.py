@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import reference_operators
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import reference_operators
 from operator_cases import (
     CASES,
     NAME,
@@ -31,7 +32,6 @@ from operator_cases import (
     stored,
     values_of,
 )
-
 from remelt.dtypes import DTYPES
 from remelt.kernels.program import geometry_of
 from remelt.operators import OPERATORS

@@ -12,8 +12,9 @@ from remelt.draws import draw_bits, draw_keys, keep_threshold
 from remelt.kernels import masks
 from remelt.kernels.torch_program import draw_bits as torch_draw_bits
 
-_draw_run = numba.njit(lambda keys, first, size, out: masks.draw_run(keys, first, size, out))
-_drop_chunk = numba.njit(lambda x, size, keys, first, limit: masks.drop_chunk(x, size, keys, first, limit))
+# Parts of kernels have no wrapper for Python of their own.
+_draw_run = numba.njit(masks.draw_run.py_func)
+_drop_chunk = numba.njit(masks.drop_chunk.py_func)
 
 
 def _by_kernel(seed: int, stream: int, name: str, start: int, count: int) -> np.ndarray:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import CASES, NAME, Case, apply_of, blocks_of, make_tensors, program_of, run_program, stored
 
+from operator_cases import CASES, NAME, Case, apply_of, blocks_of, make_tensors, program_of, run_program, stored
 from remelt.errors import OperatorError
 from remelt.kernels import codec, count_nonfinite, cpu_thinned, ranks
 from remelt.kernels.cpu_sources import address_of
@@ -145,7 +145,6 @@ def test_gathering_and_counting_select_the_same_elements(
             models_K=tuple(stored(1 + s, "F32") for s in steps),
         )
     dtype = tensors.dtypes[0]
-    from remelt.kernels import program as _  # noqa: F401
     from operator_cases import call_torch
 
     expected = stored(call_torch(case, tensors).double().numpy(), dtype)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import SEED, Case, make_tensors, program_of, run_program, values_of
 
+from operator_cases import SEED, Case, make_tensors, program_of, run_program, values_of
 from remelt.errors import OperatorError, RecipeError
 from remelt.operators import MERGEKIT_OPTIONS, OPERATORS, load_operators
 from remelt.operators.dropout import della, della_linear
@@ -176,10 +176,7 @@ def test_length_one_rows_and_three_dimensions_of_della_rank_along_the_last_one()
 )
 def test_drop_and_rescale_are_unbiased(case: Case) -> None:
     """The mean over 3,000 seeds is the task vector, within 5 standard errors of each element."""
-    from dataclasses import replace  # noqa: F401
-
     from operator_cases import apply_of
-
     from remelt.kernels import make_program
     from remelt.kernels.program import geometry_of
 
@@ -263,7 +260,8 @@ def test_weights_that_sum_to_zero_are_refused_where_they_must_be_normalised() ->
 
 
 def test_importing_operators_and_kernels_loads_neither_torch_nor_numba() -> None:
-    code = "import remelt.operators, remelt.kernels, remelt.kernels.footprint, remelt.numerics, sys; print([m for m in ('torch', 'numba') if m in sys.modules])"
+    modules = "remelt.operators, remelt.kernels, remelt.kernels.footprint, remelt.numerics"
+    code = f"import {modules}, sys; print([m for m in ('torch', 'numba') if m in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
     )

@@ -1,4 +1,4 @@
-"""Kernels: what makes one tensor's operator run, on CPU by numba and elsewhere by torch. See `program` for the contract.
+"""Kernels: what makes one tensor's operator run, on CPU by numba, elsewhere by torch; `program` holds the contract.
 
 Importing this package imports neither numba nor torch.
 """

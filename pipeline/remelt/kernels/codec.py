@@ -23,7 +23,7 @@ CHUNK = 2048
 """Elements of a chunk: base, one model and the result as float32 are 24 KiB, which first-level caches hold."""
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def float_of(typingctx: Any, bits: Any) -> Any:
     """The float32 with these bits (uint32)."""
 
@@ -33,7 +33,7 @@ def float_of(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.uint32), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def bits_of(typingctx: Any, value: Any) -> Any:
     """The bits of a float32, as uint32."""
 
@@ -60,7 +60,7 @@ uint8_pointer = _pointer_intrinsic(types.uint8)
 
 
 @part
-def decode(address, kind, start, count, out):  # type: ignore[no-untyped-def]
+def decode(address, kind, start, count, out):
     """Write elements [start, start + count) of the array at `address` into `out` as float32."""
     if kind == BF16:
         halves = carray(uint16_pointer(np.uint64(address)), start + count)[start:]
@@ -91,7 +91,7 @@ def decode(address, kind, start, count, out):  # type: ignore[no-untyped-def]
 
 
 @part
-def encode(values, address, kind, start, count):  # type: ignore[no-untyped-def]
+def encode(values, address, kind, start, count):
     """Write `values` as elements [start, start + count) of the array at `address`, rounding to nearest even."""
     if kind == BF16:
         halves = carray(uint16_pointer(np.uint64(address)), start + count)[start:]
@@ -126,7 +126,7 @@ def encode(values, address, kind, start, count):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def copy_bytes(source, target, count):  # type: ignore[no-untyped-def]
+def copy_bytes(source, target, count):
     """Copy `count` bytes from address to address."""
     read = carray(uint8_pointer(np.uint64(source)), count)
     write = carray(uint8_pointer(np.uint64(target)), count)
@@ -135,7 +135,7 @@ def copy_bytes(source, target, count):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def nonfinite(address, kind, count):  # type: ignore[no-untyped-def]
+def nonfinite(address, kind, count):
     """Count NaN and Inf among the first `count` elements at `address`."""
     total = 0
     if kind in (BF16, F16):

@@ -12,7 +12,7 @@ GROUP = 4
 
 
 @part
-def count_votes(kept, offset, size, ballots, votes):  # type: ignore[no-untyped-def]
+def count_votes(kept, offset, size, ballots, votes):
     """votes[j] = sum_i u_i d_i."""
     for i in range(len(kept)):
         values = kept[i][offset : offset + size]
@@ -26,20 +26,20 @@ def count_votes(kept, offset, size, ballots, votes):  # type: ignore[no-untyped-
 
 
 @part
-def sign_of(votes):  # type: ignore[no-untyped-def]
+def sign_of(votes):
     """The sign bit of the elected sign: plus where the votes sum to zero."""
     return np.uint32(np.uint32(not votes >= np.float32(0.0)) << np.uint32(31))
 
 
 @part
-def where_agreeing(vote, sign, value):  # type: ignore[no-untyped-def]
+def where_agreeing(vote, sign, value):
     """`value` where the vote has the elected sign, else +0. Bit arithmetic: a conditional would become a branch."""
     agrees = float_of(np.uint32(bits_of(vote) ^ sign)) > np.float32(0.0)
     return float_of(np.uint32(bits_of(value) & np.uint32(np.uint32(0) - np.uint32(agrees))))
 
 
 @part
-def add_agreeing(values, w, v, u, size, votes, total, divisor):  # type: ignore[no-untyped-def]
+def add_agreeing(values, w, v, u, size, votes, total, divisor):
     """Add one model's w x where its vote u x has the elected sign, and v to the divisor there."""
     for j in range(size):
         sign, vote = sign_of(votes[j]), values[j] * u
@@ -48,7 +48,7 @@ def add_agreeing(values, w, v, u, size, votes, total, divisor):  # type: ignore[
 
 
 @part
-def merge_four(below, a, b, c, d, w, v, u, unit, size, normalize, lambda_, out):  # type: ignore[no-untyped-def]
+def merge_four(below, a, b, c, d, w, v, u, unit, size, normalize, lambda_, out):
     """Elect and merge four models in one loop, their sums in registers; a model that is not there weighs 0.
 
     Order of operations and results are those of `count_votes` and `add_agreeing`: a zero more in a sum that began with
@@ -73,9 +73,7 @@ def merge_four(below, a, b, c, d, w, v, u, unit, size, normalize, lambda_, out):
 
 
 @part
-def merge_chunk(  # type: ignore[no-untyped-def]
-    base, kept, offset, size, numbers, elects, normalize, lambda_, scratch
-):
+def merge_chunk(base, kept, offset, size, numbers, elects, normalize, lambda_, scratch):
     """base + lambda * the merge of `kept[:, offset : offset + size]`, into scratch[0]; scratch is (3, CHUNK).
 
     `numbers` (4, max(K, GROUP)): weights, what divisors are summed of, ballots, which votes are counted with, and what
@@ -110,7 +108,7 @@ def merge_chunk(  # type: ignore[no-untyped-def]
 
 
 @part
-def add_magnitudes(values, size, lanes):  # type: ignore[no-untyped-def]
+def add_magnitudes(values, size, lanes):
     """lanes[l] += |values[j]| for every j with j mod len(lanes) = l, in ascending order, in float64."""
     num_lanes = len(lanes)
     whole = size - size % num_lanes

@@ -17,6 +17,7 @@ from remelt.kernels.cpu_sources import Sources, address_of
 from remelt.kernels.cpu_weighted import add_leaves
 from remelt.kernels.program import Block
 from remelt.operators.quantities import (
+    ElectionWeights,
     draw_threshold,
     election_weights,
     folded,
@@ -46,13 +47,14 @@ class Merge:
     def numbers(self, scales_K: Sequence[float]) -> NDArray[np.float32]:
         """Weights, divisors, ballots and unit for the kernels, padded with zeros; see `combine.merge_chunk`."""
         if self.elect is None:
-            rows, unit = (folded(self.coefficients_K, self.lambda_, self.normalize, scales_K),) * 3, 1.0
+            one = folded(self.coefficients_K, self.lambda_, self.normalize, scales_K)
+            chosen = ElectionWeights(one, one, one, 1.0)
         else:
-            *rows, unit = election_weights(self.coefficients_K, scales_K, self.elect, self.normalize)
+            chosen = election_weights(self.coefficients_K, scales_K, self.elect, self.normalize)
         width = max(GROUP, len(self.coefficients_K))
         numbers = np.zeros((4, width), np.float32)
-        numbers[:3, : len(self.coefficients_K)] = rows
-        numbers[3] = unit
+        numbers[:3, : len(self.coefficients_K)] = chosen[:3]
+        numbers[3] = chosen.unit
         return numbers
 
 
@@ -269,12 +271,16 @@ class Banded(Elementwise):
             for place, cut in enumerate(self._cuts):
                 self._descend(place, self._totals[cut.model], self._bins)
                 self._sizes[place] = self._totals[cut.model, self._bins[place]]
+            self._totals = self._totals[:0]
             self._is_gathering = int(self._sizes.max()) <= self._limit
             if self._is_gathering and not self._has_norms:
                 self.num_rounds = 2
         elif round_ == 1:
             lower = np.zeros(len(self._cuts), np.uint32)
-            histograms = None if self._is_gathering else sum(table for table in self._lower if table is not None)
+            histograms = None
+            for table in self._lower:
+                if table is not None:
+                    histograms = table if histograms is None else np.add(histograms, table, out=histograms)
             self._lower.clear()
             order = sorted(self._gathered)
             for place in range(len(self._cuts)):

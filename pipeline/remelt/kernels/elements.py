@@ -13,7 +13,7 @@ from remelt.kernels.weighted import LANES, read_chunk
 
 
 @compiled
-def thin_elements(  # type: ignore[no-untyped-def]
+def thin_elements(
     addresses,
     kinds,
     is_thinned,
@@ -33,7 +33,7 @@ def thin_elements(  # type: ignore[no-untyped-def]
     out_kind,
     norms,
 ):
-    """Thin every element of a block and merge; or, where `norms` (leaves, 2 K) has rows, sum magnitudes before and after.
+    """Thin every element of a block and merge; or, where `norms` (leaves, 2 K) has rows, sum magnitudes around it.
 
     `addresses[0]` is the base. Per model: `is_thinned`; `keys` (K, spans, 2) and `thresholds` for draws; `bands` and
     `ties` (leaves of the block, K, 2) for selection by magnitude (see `keep_band`). `numbers` as in `merge_chunk`.

@@ -85,8 +85,6 @@ def _selection_bytes(
     upper = num_workers * num_models * UPPER_BINS * TABLES * 4 + num_models * UPPER_BINS * 8 * 2
     limit = min(CANDIDATE_LIMIT, n // 16)
     # Gathered members, and each worker's buffer for one block.
-    gathered = (
-        num_cuts * limit * 2 + limit * (2 + 8 + 8 + 1) + num_workers * num_cuts * (min(limit, block_elements) + 1) * 2
-    )
+    gathered = num_cuts * limit * 2 + LOWER_BINS * 8 + num_workers * num_cuts * (min(limit, block_elements) + 1) * 2
     lower = (num_workers + 2) * num_cuts * LOWER_BINS * 8
     return leaf_bytes + max(upper, gathered, lower)

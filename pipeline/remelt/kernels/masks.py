@@ -15,7 +15,7 @@ SPAN = 1 << 32
 
 
 @part
-def mix(x):  # type: ignore[no-untyped-def]
+def mix(x):
     """The 32-bit finaliser of `remelt.draws`."""
     x = np.uint32(np.uint32(x ^ np.uint32(x >> S1)) * M1)
     x = np.uint32(np.uint32(x ^ np.uint32(x >> S2)) * M2)
@@ -23,13 +23,13 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 
 @part
-def draw(low, k0, k1):  # type: ignore[no-untyped-def]
+def draw(low, k0, k1):
     """32 bits for the element whose index has these lower 32 bits, under a pair of keys."""
     return mix(np.uint32(mix(np.uint32(low ^ k0)) + k1))
 
 
 @part
-def draw_run(keys, first, size, out):  # type: ignore[no-untyped-def]
+def draw_run(keys, first, size, out):
     """Bits of flat indexes [first, first + size) of one model; `keys` is (spans of 2^32, 2)."""
     done = 0
     while done < size:
@@ -44,7 +44,7 @@ def draw_run(keys, first, size, out):  # type: ignore[no-untyped-def]
 
 
 @part
-def drop_chunk(values, size, keys, first, threshold):  # type: ignore[no-untyped-def]
+def drop_chunk(values, size, keys, first, threshold):
     """DARE: zero what is drawn out."""
     done = 0
     while done < size:
@@ -59,7 +59,7 @@ def drop_chunk(values, size, keys, first, threshold):  # type: ignore[no-untyped
 
 
 @part
-def drop_ranked(values, chances, size, keys, first):  # type: ignore[no-untyped-def]
+def drop_ranked(values, chances, size, keys, first):
     """DELLA: zero what is drawn out under its own threshold, multiply the rest by its own factor.
 
     `chances` (uint64) holds an element's threshold in the lower 32 bits, the bits of its float32 factor in the upper.

@@ -1,4 +1,4 @@
-"""Row ranks by magnitude, and what each rank gets: counting on the upper bits, then a look at who still stands in the wrong place.
+"""Row ranks by magnitude: counting on the upper bits, then a look at who still stands in the wrong place.
 
 Rows of differences of 16-bit numbers have few distinct magnitudes, and their upper 16 bits as float32 nearly always
 tell them apart. So one stable counting sort on those bits leaves the row in order but for a few neighbours, which an
@@ -20,7 +20,7 @@ SWAPS = 2
 
 
 @part
-def magnitude_keys(values, size, keys):  # type: ignore[no-untyped-def]
+def magnitude_keys(values, size, keys):
     """Bits of the magnitudes; returns the largest."""
     largest = np.uint32(0)
     for j in range(size):
@@ -31,7 +31,7 @@ def magnitude_keys(values, size, keys):  # type: ignore[no-untyped-def]
 
 
 @part
-def upper_digits(keys, size, shift, floor, digits):  # type: ignore[no-untyped-def]
+def upper_digits(keys, size, shift, floor, digits):
     """Bin of each key: 0 for zero, 1 for upper bits below `floor`, then one for each value of the upper bits.
 
     Returns how many keys their bin does not determine.
@@ -49,7 +49,7 @@ def upper_digits(keys, size, shift, floor, digits):  # type: ignore[no-untyped-d
 
 
 @part
-def deal_by_rank(values, size, descending, by_rank, keys, work, counts, out):  # type: ignore[no-untyped-def]
+def deal_by_rank(values, size, descending, by_rank, keys, work, counts, out):
     """out[j] = by_rank[stable rank of |values[j]| in the row], ranks from 0; all uint64.
 
     `keys` is uint32 (size,); `work` uint64 (2, size); `counts` uint32 (2 ** DIGIT_BITS,).
@@ -111,7 +111,7 @@ def deal_by_rank(values, size, descending, by_rank, keys, work, counts, out):  #
 
 
 @part
-def compact_keys(values, size, keys):  # type: ignore[no-untyped-def]
+def compact_keys(values, size, keys):
     """Order-preserving integers of the magnitudes, without shared and unused bits; returns how many bits they take."""
     smallest = np.uint32(0xFFFFFFFF)
     largest = np.uint32(0)
@@ -141,7 +141,7 @@ def compact_keys(values, size, keys):  # type: ignore[no-untyped-def]
 
 
 @part
-def radix_deal(values, size, descending, by_rank, keys, work, counts, out):  # type: ignore[no-untyped-def]
+def radix_deal(values, size, descending, by_rank, keys, work, counts, out):
     """As `deal_by_rank`, by a least significant digit radix sort over the bits that differ."""
     bits = compact_keys(values, size, keys)
     top = np.uint32((np.uint64(1) << np.uint64(bits)) - np.uint64(1))

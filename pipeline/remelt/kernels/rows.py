@@ -13,7 +13,7 @@ from remelt.kernels.weighted import LANES, read_chunk
 
 
 @compiled
-def thin_rows(  # type: ignore[no-untyped-def]
+def thin_rows(
     addresses,
     kinds,
     is_thinned,
@@ -32,10 +32,10 @@ def thin_rows(  # type: ignore[no-untyped-def]
     out_kind,
     norms,
 ):
-    """Thin every row of a block and merge; or, where `norms` (leaves, 2 K) has rows, sum magnitudes before and after.
+    """Thin every row of a block and merge; where `norms` (leaves, 2 K) has rows, sum magnitudes before and after.
 
-    `addresses[0]` is the base. Per model: `is_thinned`; `by_rank` (K, row_length), with draws what `drop_ranked` takes for
-    each ascending rank, without them 1 for each descending rank that is kept and 0 for the others; `keys` (K, spans, 2).
+    `addresses[0]` is the base. Per model: `is_thinned`; `keys` (K, spans, 2); `by_rank` (K, row_length), with draws
+    what `drop_ranked` takes for each ascending rank, without them 1 for each descending rank that is kept, else 0.
     `numbers` as in `merge_chunk`.
     """
     num_models = len(addresses) - 1

@@ -2,9 +2,9 @@
 
 The bits of |x - base| as float32, read as integers, order as the magnitudes do. A first round counts their upper bits
 (32,768 bins for each model and worker), which names the bin of the wanted rank. A second round gathers the lower bits
-of that bin's few members, leaf by leaf; or, where they are many (a tensor of few distinct values), counts them in 65,536
-bins, and a third round counts for each leaf the elements that tie at the threshold. From the ties before a leaf follows
-how many of its own are kept: the lowest flat indexes win, whatever thread saw them first.
+of that bin's few members, leaf by leaf; or, where they are many (a tensor of few distinct values), counts them in
+65,536 bins, and a third round counts for each leaf the elements that tie at the threshold. From the ties before a leaf
+follows how many of its own are kept: the lowest flat indexes win, whatever thread saw them first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GROUP = 16
 
 
 @part
-def magnitude_bits(address, kind, base, start, size, values, bits):  # type: ignore[no-untyped-def]
+def magnitude_bits(address, kind, base, start, size, values, bits):
     """Bits of |x - base| for a chunk."""
     read_chunk(address, kind, base, True, start, size, values)
     for j in range(size):
@@ -33,7 +33,7 @@ def magnitude_bits(address, kind, base, start, size, values, bits):  # type: ign
 
 
 @compiled
-def count_upper(addresses, kinds, is_wanted, count, histograms):  # type: ignore[no-untyped-def]
+def count_upper(addresses, kinds, is_wanted, count, histograms):
     """Add a block to `histograms` (K, UPPER_BINS * TABLES) of the upper 15 bits of each wanted model's magnitudes."""
     base = np.empty(CHUNK, np.float32)
     values = np.empty(CHUNK, np.float32)
@@ -57,7 +57,7 @@ def count_upper(addresses, kinds, is_wanted, count, histograms):  # type: ignore
 
 
 @part
-def holds_bin(bits, wanted):  # type: ignore[no-untyped-def]
+def holds_bin(bits, wanted):
     """Whether one of GROUP elements lies in the bin."""
     found = np.uint32(0)
     for j in range(GROUP):
@@ -66,7 +66,7 @@ def holds_bin(bits, wanted):  # type: ignore[no-untyped-def]
 
 
 @part
-def append_members(bits, start, stop, wanted, found, place):  # type: ignore[no-untyped-def]
+def append_members(bits, start, stop, wanted, found, place):
     """Append the lower bits of the bin's members, without a branch: written always, kept by moving on.
 
     `found` has one place to spare for each cut.
@@ -79,14 +79,14 @@ def append_members(bits, start, stop, wanted, found, place):  # type: ignore[no-
 
 
 @compiled
-def tally(members, histogram):  # type: ignore[no-untyped-def]
+def tally(members, histogram):
     """Count gathered lower bits into `histogram` (LOWER_BINS,)."""
     for j in range(len(members)):
         histogram[members[j]] += 1
 
 
 @compiled
-def tally_equal(members, leaf_counts, lower, out):  # type: ignore[no-untyped-def]
+def tally_equal(members, leaf_counts, lower, out):
     """For each leaf of a block, how many of its gathered lower bits are `lower`, into `out` (leaves,)."""
     start = 0
     for leaf in range(len(leaf_counts)):
@@ -99,9 +99,7 @@ def tally_equal(members, leaf_counts, lower, out):  # type: ignore[no-untyped-de
 
 
 @compiled
-def gather_lower(  # type: ignore[no-untyped-def]
-    addresses, kinds, models, bins, leaf_elements, count, found, offsets, leaf_counts
-):
+def gather_lower(addresses, kinds, models, bins, leaf_elements, count, found, offsets, leaf_counts):
     """For each cut, append the lower 16 bits of its bin's members to `found[offsets[cut]:]`, in order of flat index.
 
     `models` and `bins` (cuts,) say where each cut lies, in ascending order of model; `leaf_counts` (cuts, leaves) is
@@ -134,7 +132,7 @@ def gather_lower(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def count_lower(addresses, kinds, models, bins, count, histograms):  # type: ignore[no-untyped-def]
+def count_lower(addresses, kinds, models, bins, count, histograms):
     """Add a block to `histograms` (cuts, LOWER_BINS) of the lower 16 bits of each cut's bin."""
     base = np.empty(CHUNK, np.float32)
     values = np.empty(CHUNK, np.float32)
@@ -153,7 +151,7 @@ def count_lower(addresses, kinds, models, bins, count, histograms):  # type: ign
 
 
 @compiled
-def count_ties(addresses, kinds, models, thresholds, leaf_elements, count, out):  # type: ignore[no-untyped-def]
+def count_ties(addresses, kinds, models, thresholds, leaf_elements, count, out):
     """For each leaf of a block and each cut, how many magnitudes equal the threshold, into `out` (leaves, cuts)."""
     base = np.empty(CHUNK, np.float32)
     values = np.empty(CHUNK, np.float32)
@@ -175,7 +173,7 @@ def count_ties(addresses, kinds, models, thresholds, leaf_elements, count, out):
 
 
 @part
-def keep_band(values, size, low, high, ties_low, ties_high):  # type: ignore[no-untyped-def]
+def keep_band(values, size, low, high, ties_low, ties_high):
     """Zero magnitudes outside [low, high) in place; returns how many ties are left to pass at either end.
 
     `ties_low` >= 0 says that only so many elements equal to `low` are still kept, the others not; `ties_high` >= 0 that

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,7 @@ class TorchProgram:
         base = None
         if block.base is not None and self._base_dtype is not None:
             base = self._tensor(block.base, self._base_dtype, shape)
-        options = dict(self._options)
+        options: dict[str, Any] = dict(self._options)
         if self._operator.is_random:
             start, count = block.first_row * shape[1], shape[0] * shape[1]
             options["draws"] = lambda model: draw_bits(

@@ -8,16 +8,22 @@ the order of the models. The second sums float64 products, exact for float32 fac
 from __future__ import annotations
 
 import numpy as np
+from numba import carray
 
-from remelt.kernels.codec import CHUNK, decode, encode
+from remelt.kernels.codec import BF16, CHUNK, decode, encode, float_of, uint16_pointer
 from remelt.kernels.compile import compiled, part
 
 LANES = 64
 
 
 @part
-def read_chunk(address, kind, base, has_base, start, count, out):  # type: ignore[no-untyped-def]
+def read_chunk(address, kind, base, has_base, start, count, out):
     """Decode a chunk of one model, minus the decoded base where there is one."""
+    if has_base and kind == BF16:  # the common case, in one loop
+        halves = carray(uint16_pointer(np.uint64(address)), start + count)[start:]
+        for j in range(count):
+            out[j] = float_of(np.uint32(np.uint32(halves[j]) << np.uint32(16))) - base[j]
+        return
     decode(address, kind, start, count, out)
     if has_base:
         for j in range(count):
@@ -25,8 +31,8 @@ def read_chunk(address, kind, base, has_base, start, count, out):  # type: ignor
 
 
 @compiled
-def weighted_sum(addresses, kinds, coefficients, has_base, out_address, out_kind, count):  # type: ignore[no-untyped-def]
-    """out = sum_i c_i x_i, or base + sum_i c_i (x_i - base); `addresses[0]` is the base, whether or not there is one."""
+def weighted_sum(addresses, kinds, coefficients, has_base, out_address, out_kind, count):
+    """out = sum_i c_i x_i, or base + sum_i c_i (x_i - base); `addresses[0]` is the base's, there or not."""
     base = np.empty(CHUNK, np.float32)
     values = np.empty(CHUNK, np.float32)
     total = np.empty(CHUNK, np.float32)
@@ -50,7 +56,7 @@ def weighted_sum(addresses, kinds, coefficients, has_base, out_address, out_kind
 
 
 @part
-def add_products(a, b, count, lanes):  # type: ignore[no-untyped-def]
+def add_products(a, b, count, lanes):
     """lanes[l] += a[j] * b[j] for every j with j mod LANES = l, in ascending order."""
     whole = count - count % LANES
     for start in range(0, whole, LANES):
@@ -63,7 +69,7 @@ def add_products(a, b, count, lanes):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def gram_of_leaves(addresses, kinds, has_base, leaf_elements, count, out):  # type: ignore[no-untyped-def]
+def gram_of_leaves(addresses, kinds, has_base, leaf_elements, count, out):
     """Inner products of every pair i <= j of models for each leaf of a block, into `out` (leaves, K (K + 1) / 2)."""
     num_models = len(addresses) - 1
     num_pairs = num_models * (num_models + 1) // 2
@@ -92,10 +98,8 @@ def gram_of_leaves(addresses, kinds, has_base, leaf_elements, count, out):  # ty
 
 
 @compiled
-def weighted_rows(  # type: ignore[no-untyped-def]
-    addresses, kinds, coefficients, has_base, row_length, by_column, out_address, out_kind, num_rows
-):
-    """As `weighted_sum`, with coefficients (num_rows, K) of each row or, `by_column`, (K, row_length) of each column."""
+def weighted_rows(addresses, kinds, coefficients, has_base, row_length, by_column, out_address, out_kind, num_rows):
+    """As `weighted_sum`, coefficients (num_rows, K) of each row or, `by_column`, (K, row_length) of each column."""
     length = min(CHUNK, row_length)
     base = np.empty(length, np.float32)
     values = np.empty(length, np.float32)
@@ -130,8 +134,8 @@ def weighted_rows(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def gram_of_columns(addresses, kinds, has_base, row_length, num_rows, out):  # type: ignore[no-untyped-def]
-    """Inner products of every pair i <= j of models down each column, rows in order, into `out` (pairs, row_length)."""
+def gram_of_columns(addresses, kinds, has_base, row_length, num_rows, out):
+    """Inner products of pairs i <= j of models down each column, rows in order, into `out` (pairs, row_length)."""
     num_models = len(addresses) - 1
     length = min(CHUNK, row_length)
     base = np.empty(length, np.float32)
