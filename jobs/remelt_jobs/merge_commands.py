@@ -216,11 +216,14 @@ def diff(
 
 def operators(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
 ) -> None:
     """List the merge operators with their options, defaults and intervals."""
-    from remelt_jobs.tables import operator_rows, print_operators
+    from remelt_jobs.tables import operator_markdown, operator_rows, print_operators
 
-    if as_json:
+    if markdown:
+        print(operator_markdown())
+    elif as_json:
         print(json.dumps(operator_rows(), indent=1))
     else:
         print_operators()

@@ -119,3 +119,20 @@ def print_operators() -> None:
             allowed = str(option.interval) if option.interval else " | ".join(option.choices) or "true | false"
             per_model = ", for each model" if option.per_model else ""
             print(f"    {option.name} = {option.default}  {allowed}{per_model}")
+
+
+def operator_markdown() -> str:
+    """The table of the README: one row for each operator, its options with their defaults."""
+    rows = ["| `merge_method` | does | base | options (default) |", "|---|---|---|---|"]
+    for operator in OPERATORS.values():
+        options = "; ".join(_option_text(option) for option in operator.options.values())
+        rows.append(f"| `{operator.name}` | {operator.summary} | {operator.base} | {options} |")
+    return "\n".join(rows)
+
+
+def _option_text(option: Option) -> str:
+    if option.kind == "bool":
+        return f"`{option.name}` {str(option.default).lower()}"
+    if option.interval is None:
+        return f"`{option.name}` " + "/".join(f"**{c}**" if c == option.default else c for c in option.choices)
+    return f"`{option.name}` {option.default:g} in {option.interval}"
