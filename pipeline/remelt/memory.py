@@ -27,10 +27,10 @@ BLOCK_ELEMENTS = (131_072, 65_536, 32_768, 16_384)
 COPY_BLOCK_BYTES = MIB
 FIXED_BYTES = 24 * MIB
 """Thread stacks and allocator slack, beyond idle imports: those of numba and its compiled kernels are imports too."""
-TENSOR_RECORD_BYTES = 600
+TENSOR_RECORD_BYTES = 750
 """Digest and receipt of one source or output tensor while its unit runs."""
-PLAN_TENSOR_BYTES, PLAN_SOURCE_BYTES = 900, 220
-"""Of the whole plan and its commit: for each output tensor, and for each of its sources."""
+PLAN_TENSOR_BYTES, PLAN_SOURCE_BYTES = 4000, 220
+"""Of the whole run: for each output tensor (its header entry, plan and manifest), and for each of its sources."""
 ARENA_ALIGNMENT = 64
 TORCH_COPIES = 4
 """float32 copies of a block and its sources that a torch function holds at its peak, on the host or the device."""
