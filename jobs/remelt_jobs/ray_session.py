@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,10 @@ from remelt.errors import ExecutionError
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """For a cluster started on the spot: plans and receipts pass through it, never tensors."""
+
+
+ANSWER_SECONDS = 10.0
+"""For a cluster to take a connection."""
 
 
 @contextmanager
@@ -32,7 +37,7 @@ def ray_session(*, num_cpus: int | None = None, resources: dict[str, float] | No
         `connected`, `joined` or `started`.
 
     Raises:
-        ExecutionError: RAY_ADDRESS is set and nothing answers there.
+        ExecutionError: RAY_ADDRESS is set and no cluster can be joined there.
     """
     # Ray asks for this to be said before its import, or warns about accelerators once for each worker.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -45,11 +50,13 @@ def ray_session(*, num_cpus: int | None = None, resources: dict[str, float] | No
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            _check_answers(address)
             ray.init(address=address, **quiet)
-        except ConnectionError as error:
+        except (OSError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
             raise ExecutionError(
-                f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({error}); start one, correct it, "
-                "or unset it to have a cluster started on this machine"
+                f"RAY_ADDRESS is {address}, and no Ray cluster can be joined there ({reason}); start one, correct the "
+                "address, or unset it to have a cluster started on this machine"
             ) from error
     else:
         _start(num_cpus or len(os.sched_getaffinity(0)), resources or {}, quiet)
@@ -57,6 +64,13 @@ def ray_session(*, num_cpus: int | None = None, resources: dict[str, float] | No
         yield "joined" if address else "started"
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError where nothing listens at `host:port`, which Ray itself finds out after twenty minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
 
 
 def _start(num_cpus: int, resources: dict[str, float], quiet: dict[str, Any]) -> None:
