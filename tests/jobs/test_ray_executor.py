@@ -6,21 +6,27 @@ import os
 import pickle
 import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from checkpoint_files import write_file
-from command import Command, the_line
+from command import Command, Run, the_line
 from merge_fixtures import make_recipe, parent_tensors
 from ray_driver import find_writers
 from remelt.errors import BudgetError, ExecutionError, NumericsError
 from remelt.merge import merge_recipe, open_checkpoints, run_plan
 from remelt.planner import build_plan
+from remelt.recipe_yaml import load_recipe
 from remelt.verify import verify_merge
 from remelt_jobs import ray_executor
 from remelt_jobs.ray_executor import RayExecutor
@@ -149,3 +155,49 @@ def test_a_unit_that_no_node_can_take_is_refused_in_words(
     executor = RayExecutor(threads=64, memory_bytes=10 * MEMORY_BYTES)
     with pytest.raises(BudgetError, match=r"no node of the cluster .*64.*3.*--threads"):
         merge_recipe(make_recipe(parents, "linear"), tmp_path / "out", executor=executor)
+
+
+def console(*arguments: object, address: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The console script, with a cluster's address or none in its environment."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    if address is not None:
+        environment["RAY_ADDRESS"] = address
+    command = [str(Path(sys.executable).with_name("remelt")), *map(str, arguments)]
+    environment["REMELT_TEST_COMMAND"] = str(command)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once(parents: dict[str, Path], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_recipe(parents, "linear").to_yaml())
+    arguments = ("merge", recipe, "--output", tmp_path / "out", "--executor", "ray")
+    done = console(*arguments, address=f"127.0.0.1:{port}")
+    line = the_line(Run(done.returncode, done.stdout, done.stderr), was_begun=True)
+    assert re.search(rf"RAY_ADDRESS is 127\.0\.0\.1:{port}, and no Ray cluster .*refused.* unset it", line)
+
+
+@pytest.mark.slow
+def test_without_an_address_a_cluster_is_started_for_the_merge_and_gone_after_it(
+    parents: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_recipe(parents, "ties", parameters={"density": 0.5}, max_shard_size="100kB").to_yaml())
+    here = merge_recipe(load_recipe(recipe), tmp_path / "here", threads=1, memory_bytes=MEMORY_BYTES)
+    done = console("merge", recipe, "--output", tmp_path / "out", "--executor", "ray")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(rf"{tmp_path / 'out'}: .*, digest {here.digest}\n", done.stdout)
+    assert not re.search("Traceback|Error|WARNING|raylet", done.stderr), done.stderr
+    assert descendants(done) == []
+
+
+def descendants(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Processes that still have the environment of an ended command: what it started and left behind."""
+    mark = f"REMELT_TEST_COMMAND={done.args}".encode()
+    left = []
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            if mark in Path(f"/proc/{process.pid}/environ").read_bytes():
+                left.append(" ".join(process.cmdline()))
+    return left
