@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from remelt.dtypes import DTYPES
+from remelt.hub import leads_outside
 
 _NAMES = {
     "added_tokens.json",
@@ -28,10 +29,19 @@ _MAX_BYTES = 200_000_000
 
 
 def companion_files(root: Path) -> list[tuple[str, Path]]:
-    """Files to copy beside the weights, by name; never Python code, never weights."""
+    """Files to copy beside the weights, by name; never Python code, never weights, never what a link drags in."""
+    return [(name, root / name) for name in _companions(root) if not leads_outside(root, root / name)]
+
+
+def linked_companions(root: Path) -> list[str]:
+    """Names of those left behind since they are links outside the folder, to whatever a stranger chose."""
+    return [name for name in _companions(root) if leads_outside(root, root / name)]
+
+
+def _companions(root: Path) -> list[str]:
     names = {path.name for pattern in _PATTERNS for path in root.glob(pattern)} | _NAMES
     return [
-        (name, root / name)
+        name
         for name in sorted(names)
         if (root / name).is_file()
         and not name.endswith((".py", ".safetensors", ".bin"))

@@ -75,6 +75,16 @@ def _local_folder(source: str) -> Path:
     raise CheckpointError(f"checkpoint {source} does not exist as a folder: {found}")
 
 
+def leads_outside(root: Path, path: Path) -> bool:
+    """Whether a path ends outside a checkpoint's folder, as a link may; the Hub's own blobs count as inside.
+
+    In the Hub's cache snapshots/<revision>/<name> is a link to ../../blobs/<hash>.
+    """
+    real_root, real = root.resolve(), path.resolve()
+    blobs = real_root.parent.parent / "blobs" if real_root.parent.name == "snapshots" else real_root
+    return not (real.is_relative_to(real_root) or real.is_relative_to(blobs))
+
+
 def _fetch_snapshot(source: str, cache_dir: str | None, local_files_only: bool) -> Path:
     # Rust and Python progress bars would print from inside a library that prints nothing.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -45,7 +45,7 @@ def document_of(pool: Pool, method: str = "ties", **changes: Any) -> Document:
     """A recipe over a pool; a change to None takes a key out."""
     document: Document = {
         "merge_method": method,
-        "base_model": str(pool["base"]),
+        "base_model": str(pool.get("base")),
         "models": [
             {"model": str(path), "name": name, "parameters": {"weight": 0.5}}
             for name, path in pool.items()
@@ -128,6 +128,11 @@ def link_outside(folder: Path) -> None:
     shard(folder).symlink_to(target)
 
 
+def link_config_outside(folder: Path) -> None:
+    target = (folder / "config.json").rename(folder.parent / "secret.json")
+    (folder / "config.json").symlink_to(target)
+
+
 def change_header(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     tensors = parent_tensors(1)
     header = header_of(tensors)
@@ -176,6 +181,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "index naming an absolute path": (name_an_absolute_path, r"absolute path"),
     "index naming a path outside": (name_a_path_outside, r"'\.\./outside\.safetensors', which is outside the folder"),
     "link to outside the folder": (link_outside, r"link outside the folder"),
+    "config linked to outside": (link_config_outside, r"config\.json: is a link outside the folder"),
     "overlapping offsets": (overlap, r"tensor '.*': overlapping offsets"),
     "size against shape": (contradict_a_shape, r"'model\.norm\.weight': size against shape: .* 96 bytes.* 98"),
     "header larger than the file": (announce_too_much, r"header larger than the file: .*1,099,511,627,776"),
@@ -515,6 +521,20 @@ def test_nan_in_a_parent_is_refused_per_tensor_and_published_only_where_allowed(
     assert allowed.status == 0, allowed.err
     assert "5 values of the output are NaN or Inf" in allowed.err
     assert remelt("verify", output, "--no-loading").status == 0
+
+
+def test_links_out_of_a_parents_folder_are_not_published(remelt: Command, pool: Pool, tmp_path: Path) -> None:
+    """A stranger's checkpoint could name any file of ours as its licence."""
+    (tmp_path / "secret").write_text("mine")
+    (pool["p1"] / "LICENSE").symlink_to(tmp_path / "secret")
+    (pool["p1"] / "tokenizer_config.json").write_text("{}")
+    (pool["p1"] / "tokenizer.model").symlink_to(pool["p1"] / "tokenizer_config.json")
+    document = document_of({"p1": pool["p1"], "p2": pool["p2"]}, "linear", base_model=None)
+    run = remelt("merge", write_recipe(tmp_path, document), "--output", tmp_path / "out")
+    assert run.status == 0
+    assert re.search(r"note: .*not carried over, being links outside the folder: LICENSE\n", run.err)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "tokenizer.model"} <= names and "LICENSE" not in names
 
 
 # Through the console script itself.

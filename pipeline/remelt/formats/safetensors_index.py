@@ -18,9 +18,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from remelt.checkpoint import CheckpointIndex, SourceFile, TensorInfo
+from remelt.companions import linked_companions
 from remelt.errors import CheckpointError
 from remelt.formats.quantized import Quantization, pair_fp8, read_quantization
 from remelt.formats.safetensors_header import FileHead, Layouts, parse_header, read_head
+from remelt.hub import leads_outside
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -71,8 +73,7 @@ def index_safetensors(source: str, root: Path) -> CheckpointIndex:
     weight_map = _weight_map(index_bytes, root / INDEX_NAME) if index_bytes else None
     names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
     in_folder = frozenset(path.name for path in root.iterdir())
-    real_root = root.resolve()
-    paths = [_contained_path(root, real_root, name) for name in names]
+    paths = [_contained_path(root, name) for name in names]
     _check_shards_listed(root, names, in_folder)
     # Six round trips a file: over a network filesystem a hundred shards take a second at once, ten one by one.
     with ThreadPoolExecutor(min(HEADER_THREADS, len(paths))) as pool:
@@ -87,7 +88,7 @@ def index_safetensors(source: str, root: Path) -> CheckpointIndex:
         tensors=table,
         config=config,
         quantization=quantization.method,
-        notes=_notes(in_folder - set(names), table, quantization),
+        notes=(*_notes(in_folder - set(names), table, quantization), *_links_note(root)),
     )
 
 
@@ -96,6 +97,11 @@ def read_config(root: Path) -> dict[str, Any]:
     path = root / "config.json"
     if not path.exists():
         return {}
+    if leads_outside(root, path):
+        raise CheckpointError(
+            f"{path}: is a link outside the folder, to {path.resolve()}, and would be published with a merge; copy the "
+            "file there"
+        )
     return _read_json_object(_read_bounded(path), path)
 
 
@@ -129,7 +135,7 @@ def _weight_map(content: bytes, path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _contained_path(root: Path, real_root: Path, name: str) -> Path:
+def _contained_path(root: Path, name: str) -> Path:
     """The path of a file that an index names, which is attacker-controlled, or a refusal."""
 
     def refuse(found: str) -> CheckpointError:
@@ -152,11 +158,8 @@ def _contained_path(root: Path, real_root: Path, name: str) -> Path:
             raise CheckpointError(f"{root / INDEX_NAME}: names the missing file {name}; download or copy it again")
     except OSError as error:
         raise refuse(f"no usable name: {error.strerror}") from error
-    real = path.resolve()
-    # In the Hub's cache snapshots/<revision>/<name> is a link to ../../blobs/<hash>.
-    blobs = real_root.parent.parent / "blobs" if real_root.parent.name == "snapshots" else real_root
-    if not (real.is_relative_to(real_root) or real.is_relative_to(blobs)):
-        raise refuse(f"a link outside the folder, to {real}")
+    if leads_outside(root, path):
+        raise refuse(f"a link outside the folder, to {path.resolve()}")
     return path
 
 
@@ -249,6 +252,11 @@ def _refuse_weight_map(source: str, weight_map: dict[str, str], where: dict[str,
         raise CheckpointError(
             f"{source}: {where[tensor]} holds tensor {tensor}, which the index does not list; {again}"
         )
+
+
+def _links_note(root: Path) -> tuple[str, ...]:
+    links = linked_companions(root)
+    return (f"not carried over, being links outside the folder: {', '.join(links)}",) if links else ()
 
 
 def _notes(unlisted: frozenset[str], table: TensorTable, quantization: Quantization) -> tuple[str, ...]:
