@@ -7,17 +7,20 @@ own and renames them. Lost workers and nodes cost the units that were under way 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from remelt.errors import BudgetError, ExecutionError, NumericsError, RemeltError
 from remelt.executor import OnReceipt, finish_unit, shard_sinks
 from remelt.memory import default_memory_bytes
 from remelt.plan import MergePlan, RunSettings, Unit, UnitReceipt
 from remelt.planner import Budget, plan_sizes
+from remelt.survey import SurveyRequest, UnitCounts, measure_unit
 from remelt.unit_runner import OnBytes, UnitRun, open_readers
+
+Result = TypeVar("Result")
 
 UNITS_PER_WORKER = 2
 """Units in the window for each worker, so that a worker finds the next one waiting."""
@@ -36,6 +39,13 @@ def work_unit(settings: RunSettings, sizes: Any, unit: Unit, work_dirs: Sequence
         run = UnitRun(unit, settings, sizes, readers, shard_sinks(unit, paths))
         run.work()
         return finish_unit(run, paths)
+
+
+def survey_unit(settings: RunSettings, sizes: Any, unit: Unit, request: SurveyRequest) -> UnitCounts:
+    """One pass of a survey over one unit, in this process."""
+    with ExitStack() as stack:
+        readers = [stack.enter_context(reader) for reader in open_readers(settings)]
+        return measure_unit(unit, settings, sizes, readers, request)
 
 
 def _check_numerics(settings: RunSettings) -> None:
@@ -93,36 +103,51 @@ class RayExecutor:
 
         from remelt_jobs.ray_session import ray_session
 
+        directories = [str(directory.absolute()) for directory in work_dirs]
         with ray_session():
-            self._check_fits(ray, plan)
-            remote = ray.remote(work_unit).options(
-                num_cpus=self._threads,
-                num_gpus=1 if self._device == "cuda" else 0,
-                memory=plan.projection.total_bytes,
-                resources=self._io_slot(ray),
-                max_retries=MAX_RETRIES,
-                scheduling_strategy="SPREAD",
-                name="remelt.unit",
-            )
-            # Put once: every task would otherwise carry the file tables of all checkpoints.
-            settings, sizes = ray.put(plan.settings), ray.put(plan_sizes(plan))
-            directories = [str(directory.absolute()) for directory in work_dirs]
-            waiting = list(reversed(units))
-            running: dict[Any, Unit] = {}
-            window = self._window(ray)
-            try:
-                while waiting or running:
-                    while waiting and len(running) < window:
-                        unit = waiting.pop()
-                        running[remote.remote(settings, sizes, unit, directories)] = unit
-                    (done,), _ = ray.wait(list(running), num_returns=1)
-                    unit = running.pop(done)
-                    receipt = _get(ray, done, unit)
-                    on_bytes(receipt.read_bytes + receipt.write_bytes)
-                    on_receipt(receipt)
-            finally:
-                for reference in running:
-                    ray.cancel(reference, force=True)
+            for receipt in self._map(ray, plan, units, work_unit, directories):
+                on_bytes(receipt.read_bytes + receipt.write_bytes)
+                on_receipt(receipt)
+
+    def measure(self, plan: MergePlan, request: SurveyRequest, on_bytes: OnBytes) -> Iterator[UnitCounts]:
+        import ray
+
+        from remelt_jobs.ray_session import ray_session
+
+        with ray_session():
+            for found in self._map(ray, plan, plan.units, survey_unit, request):
+                on_bytes(found.read_bytes)
+                yield found
+
+    def _map(
+        self, ray: Any, plan: MergePlan, units: Sequence[Unit], function: Callable[..., Result], argument: object
+    ) -> Iterator[Result]:
+        """Results of `function(settings, sizes, unit, argument)` as they come, from a bounded window of Ray tasks."""
+        self._check_fits(ray, plan)
+        remote = ray.remote(function).options(
+            num_cpus=self._threads,
+            num_gpus=1 if self._device == "cuda" else 0,
+            memory=plan.projection.total_bytes,
+            resources=self._io_slot(ray),
+            max_retries=MAX_RETRIES,
+            scheduling_strategy="SPREAD",
+            name="remelt.unit",
+        )
+        # Put once: every task would otherwise carry the file tables of all checkpoints.
+        settings, sizes = ray.put(plan.settings), ray.put(plan_sizes(plan))
+        waiting = list(reversed(units))
+        running: dict[Any, Unit] = {}
+        window = self._window(ray)
+        try:
+            while waiting or running:
+                while waiting and len(running) < window:
+                    unit = waiting.pop()
+                    running[remote.remote(settings, sizes, unit, argument)] = unit
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                yield _get(ray, done, running.pop(done))
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
 
     def _check_fits(self, ray: Any, plan: MergePlan) -> None:
         """Refuse what no node could ever hold: Ray would wait for such a node without a word."""
@@ -147,10 +172,10 @@ class RayExecutor:
         return max(1, cpus // self._threads) * UNITS_PER_WORKER
 
 
-def _get(ray: Any, reference: Any, unit: Unit) -> UnitReceipt:
-    """The receipt of a finished task; our own errors as they were raised, anything else named with its unit."""
+def _get(ray: Any, reference: Any, unit: Unit) -> Any:
+    """The result of a finished task; our own errors as they were raised, anything else named with its unit."""
     try:
-        receipt: UnitReceipt = ray.get(reference)
+        result = ray.get(reference)
     except ray.exceptions.RayTaskError as failure:
         cause = failure.cause
         if isinstance(cause, RemeltError):
@@ -163,4 +188,4 @@ def _get(ray: Any, reference: Any, unit: Unit) -> UnitReceipt:
             f"unit {unit.file} was lost {MAX_RETRIES + 1} times ({type(failure).__name__}); its worker or node died "
             "each time, often for want of memory: give a lower --memory or fewer workers, then resubmit to resume"
         ) from failure
-    return receipt
+    return result

@@ -7,7 +7,7 @@ is on disk. What a unit is, and how it is worked, is not its business.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +19,7 @@ from remelt.plan import MergePlan, Unit, UnitReceipt
 from remelt.planner import Budget, plan_sizes
 from remelt.receipts import SHARDS, write_receipt
 from remelt.sinks import ShardSink
+from remelt.survey import SurveyRequest, UnitCounts, measure_unit
 from remelt.unit_runner import OnBytes, UnitRun, open_readers
 
 OnReceipt = Callable[[UnitReceipt], None]
@@ -43,6 +44,10 @@ class Executor(Protocol):
 
         Raises the first failure that retries cannot mend; receipts written so far stay.
         """
+        ...
+
+    def measure(self, plan: MergePlan, request: SurveyRequest, on_bytes: OnBytes) -> Iterator[UnitCounts]:
+        """One pass of a survey over the plan's units, in any order."""
         ...
 
 
@@ -88,6 +93,15 @@ class LocalExecutor:
                 pending = finisher.submit(finish_unit, run, work_dirs)
             if pending is not None:
                 on_receipt(pending.result())
+
+    def measure(self, plan: MergePlan, request: SurveyRequest, on_bytes: OnBytes) -> Iterator[UnitCounts]:
+        sizes = plan_sizes(plan)
+        with ExitStack() as stack:
+            readers = [stack.enter_context(reader) for reader in open_readers(plan.settings)]
+            for unit in plan.units:
+                found = measure_unit(unit, plan.settings, sizes, readers, request)
+                on_bytes(found.read_bytes)
+                yield found
 
 
 def _check_cuda() -> None:

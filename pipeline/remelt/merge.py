@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,9 +14,13 @@ from remelt.errors import RecipeError
 from remelt.executor import Executor, LocalExecutor
 from remelt.fingerprints import check_unchanged
 from remelt.formats import open_checkpoint
-from remelt.plan import MergePlan, UnitReceipt
+from remelt.plan import GlobalBands, MergePlan, UnitReceipt
 from remelt.planner import build_plan
+from remelt.receipts import write_file_durably
 from remelt.recipe import Recipe
+from remelt.survey import NUM_ROUNDS, SurveyResult, bands_from_json, bands_to_json, survey_bytes
+
+SURVEY_FILE = "survey.json"
 
 
 class Progress(Protocol):
@@ -77,6 +82,26 @@ def merge_recipe(
     return merged
 
 
+def find_bands(plan: MergePlan, work_dir: Path) -> GlobalBands | None:
+    """What an earlier run's survey found, where the plan needs one and it is the same."""
+    path = work_dir / SURVEY_FILE
+    if plan.survey is None or not path.exists():
+        return None
+    return bands_from_json(path.read_text(), plan.survey)
+
+
+def _take_survey(plan: MergePlan, executor: Executor, work_dir: Path, progress: Progress) -> GlobalBands:
+    assert plan.survey is not None
+    result = SurveyResult(plan.survey)
+    for round_ in range(NUM_ROUNDS if plan.survey.cuts else 0):
+        for found in executor.measure(plan, result.request(round_), progress.advance):
+            result.take(found)
+        result.finish_round(round_)
+    bands = result.bands()
+    write_file_durably(work_dir / SURVEY_FILE, bands_to_json(plan.survey.identity, bands).encode())
+    return bands
+
+
 def run_plan(
     plan: MergePlan,
     indexes: Sequence[CheckpointIndex],
@@ -107,7 +132,13 @@ def run_plan(
             return [merged for merged in finished if merged is not None]
         todo = units_to_do(plan, done)
         total = sum(unit.read_bytes + unit.write_bytes * plan.settings.num_sets for unit in todo)
+        bands = find_bands(plan, runs[0].work_dir)
+        is_surveyed = plan.survey is None or bands is not None or not todo
+        total += 0 if is_surveyed else survey_bytes(plan)
         progress.start(plan, total, len(plan.units) - len(todo))
+        if not is_surveyed:
+            bands = _take_survey(plan, executor, runs[0].work_dir, progress)
+        plan = replace(plan, settings=replace(plan.settings, bands=bands))
         receipts = {unit_id: receipt for each in done for unit_id, receipt in each.items()}
 
         def keep(receipt: UnitReceipt) -> None:

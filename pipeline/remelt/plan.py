@@ -93,6 +93,40 @@ class Projection:
         return sum(size for _, size in self.terms)
 
 
+class SurveyCut(NamedTuple):
+    """A threshold that is looked for over the whole of a model."""
+
+    set_number: int
+    """The coefficient set."""
+    place: int
+    """Of the checkpoint."""
+    rank: int
+    """Magnitudes that are kept over all tensors."""
+
+
+class Survey(NamedTuple):
+    """What must be known of whole models before any unit can be merged; see `remelt.survey`."""
+
+    cuts: tuple[SurveyCut, ...]
+    identity: str
+
+
+class GlobalBands(NamedTuple):
+    """What a survey found: which magnitudes each tensor keeps."""
+
+    cuts: tuple[SurveyCut, ...]
+    bands: Mapping[str, tuple[tuple[int, int], ...]]
+    """Tensor name to (lowest float32 bits kept, ties kept at them or -1 for all), for each cut."""
+
+    def of(self, name: str, set_number: int, models: tuple[int, ...]) -> tuple[tuple[int, int] | None, ...]:
+        """For each model of a tensor its band, or None where all is kept."""
+        if not self.cuts:
+            return (None,) * len(models)
+        row = self.bands[name]
+        by_place = {cut.place: row[number] for number, cut in enumerate(self.cuts) if cut.set_number == set_number}
+        return tuple(by_place.get(place) for place in models)
+
+
 @dataclass(frozen=True, slots=True)
 class RunSettings:
     """What a worker must know beside a unit: the same for every unit of a plan."""
@@ -107,6 +141,8 @@ class RunSettings:
     """What one process may hold beyond its idle imports."""
     allow_nonfinite: bool
     num_sets: int
+    bands: GlobalBands | None = None
+    """Found by a survey before the units are run, where the plan has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +156,9 @@ class MergePlan:
     recipes: tuple[Mapping[str, Any], ...]
     """The canonical form of each bound recipe."""
     settings: RunSettings
-    phases: tuple[tuple[Unit, ...], ...]
-    """Units that may run at once; a further entry only where an operator needs a whole-model statistic."""
+    survey: Survey | None
+    """A whole-model statistic that is taken before the units are run, where an operator needs one."""
+    units: tuple[Unit, ...]
     layout_model: int
     """Place of the checkpoint that gave layout, config and tokenizer."""
     projection: Projection
@@ -133,10 +170,6 @@ class MergePlan:
     """(tensor class, operator or 'copy', tensors, output bytes)."""
     output_dtype: str | None
     """The floating dtype of most of the output, for config.json; None where nothing is floating."""
-
-    @property
-    def units(self) -> tuple[Unit, ...]:
-        return tuple(unit for phase in self.phases for unit in phase)
 
     @property
     def read_bytes(self) -> int:

@@ -23,6 +23,7 @@ from remelt.plan import (
     PlannedTensor,
     RunSettings,
     StoredTensor,
+    Survey,
     Unit,
     canonical_json,
     exact,
@@ -33,6 +34,7 @@ from remelt.plan import (
 from remelt.recipe import Recipe
 from remelt.recipe_checks import installed_operators
 from remelt.resolve import resolve
+from remelt.survey import NUM_ROUNDS, find_survey, is_global
 from remelt.tensor_classes import classify
 from remelt.treatment import Apply, Copy, Drop, Treatment
 
@@ -103,8 +105,11 @@ def build_plan(
     numerics = numerics_tag(budget.device)
     streams = [checkpoint.stream for checkpoint in first.checkpoints]
     fingerprints = [[file.fingerprint for file in index.files] for index in indexes]
+    survey = find_survey(((draft.name, draft.shape, draft.treatments) for draft in drafts), fingerprints)
+    if survey is not None and budget.device != "cpu":
+        raise RecipeError("`topk: global` is counted on the CPU so far; use --device cpu or `topk: tensor`")
     units = tuple(
-        _make_unit(number, file, group, fingerprints, numerics, first.seed, streams, sizes)
+        _make_unit(number, file, group, fingerprints, numerics, first.seed, streams, sizes, survey)
         for number, (file, group) in enumerate(zip(shard_names(len(groups)), groups, strict=True))
     )
     settings = RunSettings(
@@ -126,7 +131,8 @@ def build_plan(
         ),
         recipes=tuple(each.canonical() for each in recipes),
         settings=settings,
-        phases=(units,),
+        survey=survey,
+        units=units,
         layout_model=first.layout,
         projection=projection,
         dropped=tuple(dropped),
@@ -277,6 +283,7 @@ def _make_unit(
     seed: int,
     streams: Sequence[int],
     sizes: Sizes,
+    survey: Survey | None,
 ) -> Unit:
     table: dict[Treatment, int] = {}
     tensors = [
@@ -296,6 +303,9 @@ def _make_unit(
         "numerics": numerics,
         "randomness": _randomness(table, seed, streams),
     }
+    if survey is not None and any(is_global(treatment) for treatment in table):
+        # A threshold over the whole model depends on tensors of other units, too.
+        identity["survey"] = survey.identity
     return Unit(
         sha256_hex(canonical_json(identity)),
         number,
@@ -397,7 +407,7 @@ def plan_summary(plan: MergePlan, *, full: bool = False) -> Mapping[str, object]
         "numerics": plan.settings.numerics,
         "num_tensors": sum(len(unit.tensors) for unit in plan.units),
         "num_units": len(plan.units),
-        "num_phases": len(plan.phases),
+        "num_phases": 1 if plan.survey is None else 1 + NUM_ROUNDS,
         "coefficient_sets": plan.settings.num_sets,
         "bytes_read": plan.read_bytes,
         "bytes_written": plan.write_bytes,

@@ -31,6 +31,7 @@ from remelt.plan import PlannedTensor, RunSettings, TensorRecord, Unit, UnitRece
 from remelt.range_reader import RangeReader
 from remelt.sinks import Sink
 from remelt.stored_bits import as_stored
+from remelt.survey import is_global
 from remelt.treatment import Apply
 
 Bytes = NDArray[np.uint8]
@@ -66,7 +67,7 @@ class _TensorWork:
         if planned.is_copy:
             self.block_bytes = COPY_BLOCK_BYTES
         else:
-            self.programs = [_bind(planned, treatment, self.geometry, settings) for treatment in planned.treatments]
+            self.programs = [_bind(planned, number, self.geometry, settings) for number in range(settings.num_sets)]
             self.block_rows = tensor_block_rows(planned, self.geometry, sizes.block_elements, settings.device)
             self.block_bytes = self.block_rows * self.geometry.row_length * itemsize
         self.num_rounds = max((program.num_rounds for program in self.programs), default=0)
@@ -93,8 +94,12 @@ class _TensorWork:
         return self.arena[offset + start : offset + stop]
 
 
-def _bind(planned: PlannedTensor, treatment: object, geometry: Geometry, settings: RunSettings) -> Program:
+def _bind(planned: PlannedTensor, set_number: int, geometry: Geometry, settings: RunSettings) -> Program:
+    treatment = planned.treatments[set_number]
     assert isinstance(treatment, Apply)
+    bands_K = None
+    if settings.bands is not None and is_global(treatment):
+        bands_K = settings.bands.of(planned.name, set_number, treatment.models)
     infos = dict(planned.sources)
     return make_program(
         treatment,
@@ -106,7 +111,7 @@ def _bind(planned: PlannedTensor, treatment: object, geometry: Geometry, setting
         seed=settings.seed,
         num_workers=settings.threads,
         device=settings.device,
-        shape=planned.shape,
+        bands_K=bands_K,
     )
 
 

@@ -21,7 +21,7 @@ from remelt.executor import LocalExecutor
 from remelt.merge import merge_recipe
 from remelt.verify import verify_merge
 
-METHODS = ("ties", "della", "dare_ties", "model_stock")
+METHODS = ("ties", "ties global", "della", "dare_ties", "model_stock")
 MEMORY_BYTES = 200_000_000
 
 
@@ -44,9 +44,12 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pool = write_pool(folder)
     paths = {}
     for method in METHODS:
+        operator, _, topk = method.partition(" ")
         options = {} if method == "model_stock" else {"parameters": {"density": 0.5}, "seed": 3}
+        if topk:
+            options = {"parameters": {"density": 0.5, "topk": topk}}
         paths[method] = folder / f"{method}.yaml"
-        paths[method].write_text(make_recipe(pool, method, max_shard_size="80kB", **options).to_yaml())
+        paths[method].write_text(make_recipe(pool, operator, max_shard_size="80kB", **options).to_yaml())
     return paths
 
 

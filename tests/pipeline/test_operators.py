@@ -249,7 +249,7 @@ def test_check_options_names_what_della_cannot_draw() -> None:
 
 
 def test_check_options_refuses_a_global_top_k() -> None:
-    assert "whole model" in (OPERATORS["ties"].check_options({"topk": "global"}) or "")
+    assert "exclude" in (OPERATORS["ties"].check_options({"topk": "global", "granularity": "row"}) or "")
 
 
 def test_weights_that_sum_to_zero_are_refused_where_they_must_be_normalised() -> None:

@@ -42,12 +42,13 @@ def make_program(
     seed: int,
     num_workers: int,
     device: str = "cpu",
-    shape: tuple[int, ...] | None = None,
+    bands_K: Sequence[tuple[int, int] | None] | None = None,
 ) -> Program:
     """Bind an operator with its coefficients and options to one tensor.
 
     `streams_K` and `seed` choose the draws. On the CPU the kernels run; another device, and an operator that has no
-    kernel, run the operator's torch function. `shape` is not needed beyond what `geometry` says of it.
+    kernel, run the operator's torch function. `bands_K` are what a survey found for
+    an operator that ranks whole models.
     """
     operator = _operator(apply.operator)
     if operator.base == "required" and base_dtype is None:
@@ -66,6 +67,7 @@ def make_program(
             streams_K=streams_K,
             seed=seed,
             num_workers=num_workers,
+            bands_K=bands_K,
         )
     from remelt.kernels.torch_program import TorchProgram
 

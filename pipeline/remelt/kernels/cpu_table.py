@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from remelt.errors import OperatorError
 from remelt.kernels.cpu_sources import Sources
-from remelt.kernels.cpu_thinned import Banded, Drawn, Merge, Ranked
+from remelt.kernels.cpu_thinned import Banded, Drawn, GivenBand, Merge, Ranked
 from remelt.kernels.cpu_weighted import ColumnGramSum, FixedSum, GramSum, RowGramSum, Solve, ThresholdSum
 from remelt.kernels.program import Geometry, Program
 from remelt.operators.dropout import half_widths
@@ -29,10 +30,17 @@ Options = Mapping[str, Any]
 class Binding:
     """What a builder is given: the tensor's sources, the operator's numbers, and where its draws come from."""
 
-    def __init__(self, sources: Sources, apply: Apply, streams_K: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        sources: Sources,
+        apply: Apply,
+        streams_K: Sequence[int],
+        seed: int,
+        bands_K: Sequence[tuple[int, int] | None] | None,
+    ) -> None:
         self.sources, self.coefficients_K = sources, apply.coefficients
         self.options: Options = dict(apply.options)
-        self.streams_K, self.seed = streams_K, seed
+        self.streams_K, self.seed, self.bands_K = streams_K, seed, bands_K
 
     def per_model(self, option: str, default: float) -> tuple[float, ...]:
         return per_model(self.options.get(option, default), self.sources.num_models)
@@ -109,6 +117,12 @@ def _assembly_of_experts(binding: Binding) -> Program:
 def _by_magnitude(*, elect: bool, normalize: bool, gamma: float) -> Callable[[Binding], Program]:
     def build(binding: Binding) -> Program:
         merge = binding.merge(elect=elect, normalize=normalize, rescale="none")
+        if binding.options.get("topk") == "global":
+            if binding.bands_K is None:
+                raise OperatorError(
+                    f"{binding.sources.geometry.name}: `topk: global` needs a survey of the whole model"
+                )
+            return GivenBand(binding.sources, merge, binding.bands_K)
         density_K, gamma_K = binding.per_model("density", 1.0), binding.per_model("gamma", gamma)
         if binding.options.get("granularity", "tensor") == "row":
             return Ranked.by_rank(binding.sources, merge, density_K, gamma_K)
@@ -169,7 +183,8 @@ def make_cpu_program(
     streams_K: Sequence[int],
     seed: int,
     num_workers: int,
+    bands_K: Sequence[tuple[int, int] | None] | None = None,
 ) -> Program:
     """Make the CPU program of an operator of this package."""
     sources = Sources(geometry, base_dtype, dtypes_K, out_dtype, num_workers)
-    return CPU_PROGRAMS[apply.operator](Binding(sources, apply, streams_K, seed))
+    return CPU_PROGRAMS[apply.operator](Binding(sources, apply, streams_K, seed, bands_K))

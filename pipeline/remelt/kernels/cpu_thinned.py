@@ -318,6 +318,40 @@ class Banded(Elementwise):
             self._ties[:, cut.model, cut.end] = np.where((left > 0) & (left < ties), left, -1)
 
 
+class GivenBand(Elementwise):
+    """TIES with thresholds over the whole model: the survey has found them, and in which tensor the ties run out."""
+
+    def __init__(self, sources: Sources, merge: Merge, bands_K: Sequence[tuple[int, int] | None]) -> None:
+        self._left = {model: band[1] for model, band in enumerate(bands_K) if band is not None and band[1] >= 0}
+        self.selection_rounds = int(bool(self._left))
+        super().__init__(sources, merge, [band is not None for band in bands_K])
+        for model, band in enumerate(bands_K):
+            if band is not None:
+                self._bands[:, model, 0] = band[0]
+        self._leaf_ties = np.zeros((sources.geometry.num_leaves, len(self._left)), np.int64)
+
+    def _select(self, round_: int, block: Block, worker: int) -> None:
+        sources, models = self._sources, list(self._left)
+        ties = self._leaf_ties[block.first_leaf : block.first_leaf + sources.num_leaves(block)]
+        limits = self._bands[0, models, 0].copy()
+        select.count_ties(
+            sources.addresses(block),
+            sources.kinds,
+            np.array(models, np.int64),
+            limits,
+            sources.leaf_elements,
+            sources.num_elements(block),
+            ties,
+        )
+
+    def _finish_selection(self, round_: int) -> None:
+        for number, (model, kept) in enumerate(self._left.items()):
+            ties = self._leaf_ties[:, number]
+            left = kept - (np.cumsum(ties) - ties)
+            self._ties[:, model, 0] = np.where((left > 0) & (left < ties), left, -1)
+            self._bands[:, model, 0] += (left <= 0).astype(np.uint32)
+
+
 class Ranked(Thinned):
     """DELLA, and TIES and Breadcrumbs by row: the kernel `thin_rows`."""
 

@@ -36,7 +36,8 @@ def num_rounds(apply: Apply) -> int:
         return int(not options.get("filter_wise", False))
     if all(density >= 1 for density in _densities(apply, options)):
         return 0
-    return 3 * _is_banded(apply, options) + (options.get("rescale") == "l1")
+    selection = 1 if options.get("topk") == "global" else 3 * _is_banded(apply, options)
+    return selection + (options.get("rescale") == "l1")
 
 
 def needs_whole_tensor(apply: Apply) -> bool:

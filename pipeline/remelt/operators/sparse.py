@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
+from remelt.errors import OperatorError
 from remelt.operators.quantities import election_weights, float32, folded, per_model
 from remelt.operators.spec import Interval, OptionValue, PerModel
 from remelt.operators.steps import (
@@ -107,7 +108,8 @@ def ties(
         lambda_: scale of the merged task vector.
         elect: whether votes are w_i d_i or d_i.
         granularity: n is the tensor's number of elements, or the row's.
-        topk: "global" (the paper's: one threshold over the model) needs a whole-model phase and is refused so far.
+        topk: "global" is the paper's one threshold over the model. It needs a survey of all tensors (`remelt.survey`),
+            so that this function, which sees one tensor, knows "tensor" only.
         norm_floor: with "l1", norms below it leave the task vector as it is (mergekit: 1e-7).
 
     Returns:
@@ -122,6 +124,8 @@ def ties(
         exactly k entries kept (the lowest flat index wins among equals), also in tensors with density n < 1. Weights in
         proportion to small integers are counted as such, so that undecided votes are undecided exactly.
     """
+    if topk == "global":
+        raise OperatorError("`topk: global` ranks whole models; this function sees one tensor: merge by a recipe")
     thinned = select_by_magnitude(
         base, tensors_K, density=density, granularity=granularity, rescale=rescale, norm_floor=norm_floor
     )
@@ -129,9 +133,9 @@ def ties(
 
 
 def check_topk(options: Mapping[str, OptionValue]) -> str | None:
-    """Refuse what needs a phase over the whole model."""
-    if options.get("topk") == "global":
-        return "`topk: global` needs a pass over the whole model, which is not built yet; use `topk: tensor`"
+    """A threshold is over the whole model or over a row, not both."""
+    if options.get("topk") == "global" and options.get("granularity") == "row":
+        return "`topk: global` and `granularity: row` exclude each other; choose one"
     return None
 
 
