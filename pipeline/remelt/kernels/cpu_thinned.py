@@ -193,7 +193,9 @@ class Banded(Elementwise):
             for end, rank in ((0, stop), (1, start))
             if 0 < rank < n
         ]
-        self.selection_rounds = 3 if self._cuts else 0
+        # One leaf is sorted rather than counted: the histograms would cost more than the tensor.
+        self._is_small = sources.geometry.num_leaves <= 1
+        self.selection_rounds = (1 if self._is_small else 3) if self._cuts else 0
         super().__init__(sources, merge, [(start, stop) != (0, n) for start, stop in ranges])
         self._models = np.array([cut.model for cut in self._cuts], np.int64)
         self._rest = np.array([cut.rank for cut in self._cuts], np.int64)
@@ -203,7 +205,8 @@ class Banded(Elementwise):
         self._lock = threading.Lock()
         self._upper: list[NDArray[np.uint32] | None] = [None] * sources.num_workers
         self._lower: list[NDArray[np.uint64] | None] = [None] * sources.num_workers
-        self._totals = np.zeros((sources.num_models, select.UPPER_BINS), np.int64)
+        bins = 0 if self._is_small else select.UPPER_BINS
+        self._totals = np.zeros((sources.num_models, bins), np.int64)
         self._gathered: dict[int, tuple[list[NDArray[np.uint16]], NDArray[np.int64]]] = {}
         self._bins = np.zeros(len(self._cuts), np.uint32)
         self._sizes = np.zeros(len(self._cuts), np.int64)
@@ -213,7 +216,9 @@ class Banded(Elementwise):
     def _select(self, round_: int, block: Block, worker: int) -> None:
         sources = self._sources
         addresses, kinds, count = sources.addresses(block), sources.kinds, sources.num_elements(block)
-        if round_ == 0:
+        if self._is_small:
+            self._sort_leaf(addresses, count)
+        elif round_ == 0:
             self._count_upper(addresses, count, worker)
         elif round_ == 1 and self._is_gathering:
             self._gather(block, addresses, count)
@@ -224,6 +229,15 @@ class Banded(Elementwise):
         elif not self._is_gathering:
             ties = self._leaf_ties[block.first_leaf : block.first_leaf + sources.num_leaves(block)]
             select.count_ties(addresses, kinds, self._models, self._limits, sources.leaf_elements, count, ties)
+
+    def _sort_leaf(self, addresses: NDArray[np.uint64], count: int) -> None:
+        bits = np.empty(count, np.uint32)
+        for place, cut in enumerate(self._cuts):
+            select.magnitudes(addresses, self._sources.kinds, cut.model, count, bits)
+            limit = np.partition(bits, count - cut.rank)[count - cut.rank]
+            self._limits[place] = limit
+            self._rest[place] -= np.count_nonzero(bits > limit)
+            self._leaf_ties[0, place] = np.count_nonzero(bits == limit)
 
     def _count_upper(self, addresses: NDArray[np.uint64], count: int, worker: int) -> None:
         table = self._upper[worker]
@@ -264,7 +278,9 @@ class Banded(Elementwise):
         self._gathered[block.first_leaf] = (pieces, leaf_counts)
 
     def _finish_selection(self, round_: int) -> None:
-        if round_ == 0:
+        if self._is_small:
+            self._set_bands()
+        elif round_ == 0:
             for worker in range(self._sources.num_workers):
                 self._take_in(worker)
             self._upper.clear()

@@ -33,6 +33,17 @@ def magnitude_bits(address, kind, base, start, size, values, bits):
 
 
 @compiled
+def magnitudes(addresses, kinds, model, count, out):
+    """Bits of one model's magnitudes for a block, into `out` (count,)."""
+    base = np.empty(CHUNK, np.float32)
+    values = np.empty(CHUNK, np.float32)
+    for start in range(0, count, CHUNK):
+        size = min(CHUNK, count - start)
+        decode(addresses[0], kinds[0], start, size, base)
+        magnitude_bits(addresses[model + 1], kinds[model + 1], base, start, size, values, out[start : start + size])
+
+
+@compiled
 def count_upper(addresses, kinds, is_wanted, count, histograms):
     """Add a block to `histograms` (K, UPPER_BINS * TABLES) of the upper 15 bits of each wanted model's magnitudes."""
     base = np.empty(CHUNK, np.float32)

@@ -5,6 +5,7 @@ Both the torch functions and the CPU kernels take theirs from here, in float64, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -114,14 +115,20 @@ def proportions(coefficients_K: Sequence[float]) -> tuple[float, ...]:
     4, -3 and 1 steps under weights of 0.3, 0.4 and 0.0) then cancels exactly, also in float32. A hundredth of all
     elements of bfloat16 task vectors have such undecided votes, and rounding would elect their signs.
     """
+    return _proportions(tuple(coefficients_K))
+
+
+# A model has few distinct coefficients and many small tensors.
+@functools.lru_cache(maxsize=1024)
+def _proportions(coefficients_K: tuple[float, ...]) -> tuple[float, ...]:
     fractions = [Fraction(w).limit_denominator(MAX_DENOMINATOR) for w in coefficients_K]
     if any(abs(float(fraction) - w) > 1e-12 * abs(w) for fraction, w in zip(fractions, coefficients_K, strict=True)):
-        return tuple(coefficients_K)
+        return coefficients_K
     scale = math.lcm(*(fraction.denominator for fraction in fractions))
     integers = [int(fraction * scale) for fraction in fractions]
     divisor = math.gcd(*integers) or 1
     if max(abs(number) for number in integers) > MAX_PROPORTION * divisor:
-        return tuple(coefficients_K)
+        return coefficients_K
     return tuple(float(number // divisor) for number in integers)
 
 
