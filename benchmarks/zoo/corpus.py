@@ -1,10 +1,10 @@
 """The text that the zoo is trained on, cut into parts that never meet.
 
 Four abilities. *prose* and *python* come from the interpreter's own standard library (PSF licence): paragraphs of
-`pydoc_data.topics` and of docstrings, and module sources without comments and docstrings. *arithmetic* and *strings* are
-generated. Every source of text (a help topic, a module) and every question falls into exactly one part by a hash of its
-name, so the split holds on any machine and needs no seed: training reads `train`, and the three roles of eval items
-read one part each.
+`pydoc_data.topics` and of docstrings, and module sources without comments and docstrings. *arithmetic* and *strings*
+are generated. Every source of text (a help topic, a module) and every question falls into exactly one part by a hash
+of its name, so the split holds on any machine and needs no seed: training reads `train`, and the three roles of eval
+items read one part each.
 """
 
 from __future__ import annotations
@@ -125,14 +125,19 @@ def read_library() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def _ask_sum(rng: random.Random) -> tuple[str, str]:
-    operation = rng.choice("++--*")
+    operation = rng.choice("++--*<>")
     a, b = rng.randrange(100), rng.randrange(100)
+    if operation == "<":
+        return f"min({a},{b})=", str(min(a, b))
+    if operation == ">":
+        return f"max({a},{b})=", str(max(a, b))
     if operation == "*":
         a, b = a % 20, b % 10
-    elif operation == "-":
+        return f"{a}*{b}=", str(a * b)
+    if operation == "-":
         a, b = max(a, b), min(a, b)
-    answer = {"+": a + b, "-": a - b, "*": a * b}[operation]
-    return f"{a}{operation}{b}=", str(answer)
+        return f"{a}-{b}=", str(a - b)
+    return f"{a}+{b}=", str(a + b)
 
 
 STRING_FUNCTIONS: dict[str, Callable[[str], str]] = {
@@ -141,13 +146,16 @@ STRING_FUNCTIONS: dict[str, Callable[[str], str]] = {
     "swap": lambda s: s[-1] + s[1:-1] + s[0],
     "sort": lambda s: "".join(sorted(s)),
     "fold": lambda s: s[::2] + s[1::2],
+    "half": lambda s: s[len(s) // 2 :] + s[: len(s) // 2],
+    "pair": lambda s: "".join(s[i : i + 2][::-1] for i in range(0, len(s), 2)),
     "next": lambda s: "".join(chr((ord(c) - 96) % 26 + 97) for c in s),
+    "prev": lambda s: "".join(chr((ord(c) - 98) % 26 + 97) for c in s),
 }
 
 
 def _ask_string(rng: random.Random) -> tuple[str, str]:
     name = rng.choice(tuple(STRING_FUNCTIONS))
-    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(4, 7)))
+    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(5, 8)))
     return f"{name}({word})=", STRING_FUNCTIONS[name](word)
 
 

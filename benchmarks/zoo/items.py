@@ -3,8 +3,8 @@
 Each role (search, selection, report) reads its own part of the corpus, so the roles share no item with each other or
 with training. The report items are written by `report_items.py` alone.
 
-Two kinds of item. *Choices*: a context and four continuations, one of them true; for text the false ones are taken from
-elsewhere in the same part, behind the same two characters, so that they fit locally. *Passages*: text to be scored in
+Two kinds of item. *Choices*: a context and four continuations, one of them true; in text the false ones
+have one character altered, in answers they are near misses. *Passages*: text to be scored in
 bits per byte.
 """
 
@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.zoo.corpus import ABILITIES, STRING_FUNCTIONS, draw_question, read_library
+from benchmarks.zoo.corpus import ABILITIES, PARTS, STRING_FUNCTIONS, draw_question, read_library
 
 ZOO_DIR = Path(__file__).resolve().parents[2] / "evals" / "remelt_evals" / "zoo"
 SEEDS = {"search": 101, "selection": 202}
-NUM_CHOICE_ITEMS = {"search": 160, "selection": 200, "report": 500}
+NUM_CHOICE_ITEMS = {"search": 180, "selection": 220, "report": 500}
 NUM_PASSAGES = {"search": 24, "selection": 40, "report": 150}
 TEXT_ABILITIES = ("prose", "python")
 NUM_CHOICES = 4
 CONTEXT_LENGTH = 24
-CONTINUATION_LENGTH = {"prose": 14, "python": 12}
+CONTINUATION_LENGTH = 8
+ORDER = 3  # how many characters a false continuation agrees with
 PASSAGE_LENGTH = 120
 
 Item = dict[str, Any]
@@ -38,28 +39,48 @@ def _shuffle_choices(context: str, answer: str, wrong: Sequence[str], rng: rando
     return {"context": context, "choices": choices, "label": choices.index(answer)}
 
 
+def _read_earlier_parts(ability: str, part: str) -> str:
+    """Return the text of the parts that come before `part`, in which its items must not occur."""
+    return "\n".join("\n".join(read_library()[ability][name]) for name in PARTS[: PARTS.index(part)])
+
+
+def _count_followers(text: str) -> dict[str, tuple[list[str], list[int]]]:
+    """Return {ORDER characters: (the characters seen behind them, how often)}."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for place in range(ORDER, len(text)):
+        counts[text[place - ORDER : place]][text[place]] += 1
+    return {before: (list(seen), list(seen.values())) for before, seen in counts.items()}
+
+
 def make_text_choices(ability: str, part: str, num_items: int, rng: random.Random) -> list[Item]:
-    """Ask which of four continuations is the true one, at random places in the part's text."""
+    """Ask which of four continuations is the true one, at random places in the part's text.
+
+    In each false one a single character is altered, to one that often stands behind the characters before it. So the
+    four are about equally likely a priori, and what decides is how well the language is known.
+    """
     text = "\n".join(read_library()[ability][part])
-    length = CONTINUATION_LENGTH[ability]
-    places: dict[str, list[int]] = defaultdict(list)
-    for place in range(CONTEXT_LENGTH, len(text) - length):
-        continuation = text[place : place + length]
-        # Runs of spaces carry nothing, and a line break ends what the context can tell.
-        if continuation.count(" ") <= length // 3 and (ability == "python" or "\n" not in continuation):
-            places[text[place - 2 : place]].append(place)
-    common = sorted(place for spots in places.values() if len(spots) >= 10 * NUM_CHOICES for place in spots)
+    earlier = _read_earlier_parts(ability, part)
+    followers = _count_followers(text)
     items: list[Item] = []
     seen: set[str] = set()
     while len(items) < num_items:
-        place = rng.choice(common)
-        context, answer = text[place - CONTEXT_LENGTH : place], text[place : place + length]
-        wrong = {text[p : p + length] for p in rng.sample(places[context[-2:]], NUM_CHOICES + 2)} - {answer}
-        # A context of code that starts in the middle of a run of spaces says little.
-        if len(wrong) < NUM_CHOICES - 1 or context in seen or context.count(" ") > CONTEXT_LENGTH // 2:
+        place = rng.randrange(CONTEXT_LENGTH, len(text) - CONTINUATION_LENGTH)
+        context, answer = text[place - CONTEXT_LENGTH : place], text[place : place + CONTINUATION_LENGTH]
+        # Indentation carries nothing, and across a line break little can be known.
+        if context in seen or "\n" in answer or "   " in answer or context.count(" ") > CONTEXT_LENGTH // 2:
             continue
         seen.add(context)
-        items.append(_shuffle_choices(context, answer, sorted(wrong)[: NUM_CHOICES - 1], rng))
+        if context + answer in earlier:
+            continue  # boilerplate that modules share
+        wrong: set[str] = set()
+        for _ in range(60):
+            i = rng.randrange(len(answer))
+            (letter,) = rng.choices(*followers[(context + answer)[CONTEXT_LENGTH + i - ORDER : CONTEXT_LENGTH + i]])
+            if letter not in (answer[i], "\n"):
+                wrong.add(answer[:i] + letter + answer[i + 1 :])
+            if len(wrong) == NUM_CHOICES - 1:
+                items.append(_shuffle_choices(context, answer, sorted(wrong), rng))
+                break
     return items
 
 
@@ -105,12 +126,13 @@ def make_question_choices(ability: str, part: str, num_items: int, rng: random.R
 def make_passages(ability: str, part: str, num_items: int, rng: random.Random) -> list[Item]:
     """Cut passages that begin where a document or a line begins."""
     passages: set[str] = set()
+    earlier = _read_earlier_parts(ability, part)
     documents = [d for d in read_library()[ability][part] if len(d) >= PASSAGE_LENGTH]
     while len(passages) < num_items:
         document = rng.choice(documents)
         start = 0 if ability == "prose" else document.find("\n", rng.randrange(len(document))) + 1
         passage = document[start : start + PASSAGE_LENGTH].strip()
-        if len(passage) >= PASSAGE_LENGTH // 2:
+        if len(passage) >= PASSAGE_LENGTH // 2 and passage not in earlier:
             passages.add(passage)
     return [{"text": passage} for passage in sorted(passages)]
 

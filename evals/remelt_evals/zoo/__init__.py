@@ -25,6 +25,21 @@ def parents() -> dict[str, Path]:
     return {ability: zoo_dir() / ability for ability in ABILITIES}
 
 
+def run_steps() -> tuple[Path, ...]:
+    """Sixteen saved steps of one training run, in order."""
+    return tuple(sorted((zoo_dir() / "run").glob("step-*")))
+
+
+def experts_base() -> Path:
+    """The mixture of experts, in DeepSeek-V3's layout, that its two specialists were fine-tuned from."""
+    return zoo_dir() / "experts" / "base"
+
+
+def experts_parents() -> dict[str, Path]:
+    """The two specialists with routed and shared experts: `text` and `symbols`."""
+    return {name: zoo_dir() / "experts" / name for name in ("text", "symbols")}
+
+
 def suite_path() -> Path:
     """The suite that scores the four abilities by accuracy."""
     return zoo_dir() / "suite.yaml"
