@@ -1,6 +1,6 @@
 """Trains every checkpoint of the zoo from nothing: `python -m benchmarks.zoo.train [dense] [run] [experts]`.
 
-All three groups, on one thread, take about a quarter of an hour. Retrained checkpoints are to be compared by their
+All three groups, on one thread, take about 12 minutes. Retrained checkpoints are to be compared by their
 scores, not byte by byte: the order of float additions differs between machines.
 """
 

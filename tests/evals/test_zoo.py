@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import json
-import math
 import random
 import sys
 from pathlib import Path
@@ -170,27 +169,23 @@ def test_each_specialist_leads_at_its_own_ability() -> None:
 
     @torch.no_grad()
     def accuracy(model: Any, ability: str) -> float:
-        hits = 0
         items = read_items(ability, "selection")
-        for first in range(0, len(items), 50):
-            batch = items[first : first + 50]
-            rows = [tokenizer(item["context"] + choice)["input_ids"] for item in batch for choice in item["choices"]]
-            width = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-            logs = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-            for number, item in enumerate(batch):
-                start = len(item["context"]) - 1
-                scores = [float(logs[i, start : len(rows[i]) - 1].sum()) for i in range(4 * number, 4 * number + 4)]
-                hits += max(range(4), key=scores.__getitem__) == item["label"]
-        return hits / len(items)
+        pairs = [(item["context"], choice) for item in items for choice in item["choices"]]
+        rows = [torch.tensor(tokenizer(context + choice)["input_ids"]) for context, choice in pairs]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        logs = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+        spans = [(len(context) - 1, len(row) - 1) for (context, _), row in zip(pairs, rows, strict=True)]
+        totals = torch.stack([line[first:last].sum() for line, (first, last) in zip(logs, spans, strict=True)])
+        labels = torch.tensor([item["label"] for item in items])
+        return float((totals.view(-1, 4).argmax(1) == labels).float().mean())
 
     scores = {}
     for name, folder in {"base": zoo.base(), **zoo.parents()}.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         scores[name] = {ability: accuracy(model, ability) for ability in zoo.ABILITIES}
     for ability in zoo.ABILITIES:
-        # The base knows python almost as well as the specialist does: within the items' noise they may tie.
-        assert scores[ability][ability] > scores["base"][ability] - 0.02
+        assert scores[ability][ability] > scores["base"][ability]
         others = [scores[name][ability] for name in zoo.ABILITIES if name != ability]
         assert scores[ability][ability] > max(others)
-        assert math.fsum(scores[ability].values()) < 4 * 0.8
+        # Each pays for it elsewhere, and leaves room for a merge.
+        assert min(scores[ability].values()) < 0.7
