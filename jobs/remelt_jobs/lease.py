@@ -220,7 +220,7 @@ def _read_holder(directory: Path, fence: int) -> tuple[Holder | None, bool]:
 
 def _now(directory: Path) -> float:
     """The time by the clock that sets the heartbeats, which on a network filesystem is not this host's."""
-    probe = _lease_dir(directory) / f".clock-{host_name()}-{os.getpid()}"
+    probe = _lease_dir(directory) / f".clock-{host_name()}-{os.urandom(6).hex()}"
     probe.touch()
     try:
         return probe.stat().st_mtime
