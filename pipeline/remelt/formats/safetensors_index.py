@@ -23,9 +23,8 @@ from remelt.errors import CheckpointError
 from remelt.formats.quantized import Quantization, pair_fp8, read_quantization
 from remelt.formats.safetensors_header import FileHead, Layouts, parse_header, read_head
 from remelt.hub import leads_outside
+from remelt.layout import INDEX_FILE, SINGLE_FILE
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 100_000_000
 HEADER_THREADS = 8
 
@@ -54,7 +53,7 @@ _tables: weakref.WeakValueDictionary[str, TensorTable] = weakref.WeakValueDictio
 
 def is_safetensors(names: frozenset[str]) -> bool:
     """Whether a folder with these file names holds a checkpoint of this format."""
-    return INDEX_NAME in names or SINGLE_NAME in names
+    return INDEX_FILE in names or SINGLE_FILE in names
 
 
 def index_safetensors(source: str, root: Path) -> CheckpointIndex:
@@ -69,9 +68,9 @@ def index_safetensors(source: str, root: Path) -> CheckpointIndex:
     """
     config = read_config(root)
     quantization = read_quantization(config, source)
-    index_bytes = _read_bounded(root / INDEX_NAME) if (root / INDEX_NAME).exists() else b""
-    weight_map = _weight_map(index_bytes, root / INDEX_NAME) if index_bytes else None
-    names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
+    index_bytes = _read_bounded(root / INDEX_FILE) if (root / INDEX_FILE).exists() else b""
+    weight_map = _weight_map(index_bytes, root / INDEX_FILE) if index_bytes else None
+    names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
     in_folder = frozenset(path.name for path in root.iterdir())
     paths = [_contained_path(root, name) for name in names]
     _check_shards_listed(root, names, in_folder)
@@ -140,7 +139,7 @@ def _contained_path(root: Path, name: str) -> Path:
 
     def refuse(found: str) -> CheckpointError:
         return CheckpointError(
-            f"{root / INDEX_NAME}: names the file {name!r}, which is {found}; only files inside the checkpoint's "
+            f"{root / INDEX_FILE}: names the file {name!r}, which is {found}; only files inside the checkpoint's "
             "folder are read: correct the index, or copy the files there"
         )
 
@@ -155,7 +154,7 @@ def _contained_path(root: Path, name: str) -> Path:
     path = root / name
     try:
         if not path.is_file():
-            raise CheckpointError(f"{root / INDEX_NAME}: names the missing file {name}; download or copy it again")
+            raise CheckpointError(f"{root / INDEX_FILE}: names the missing file {name}; download or copy it again")
     except OSError as error:
         raise refuse(f"no usable name: {error.strerror}") from error
     if leads_outside(root, path):
@@ -170,7 +169,7 @@ def _check_shards_listed(root: Path, names: Sequence[str], in_folder: frozenset[
         match = _SHARD_NAME.fullmatch(name)
         if match and (match[1], match[3]) in sets:
             raise CheckpointError(
-                f"{root / INDEX_NAME}: shard not listed: {name} lies in the folder and belongs to the same set of "
+                f"{root / INDEX_FILE}: shard not listed: {name} lies in the folder and belongs to the same set of "
                 f"{int(match[3])} shards, but the index names no tensor of it; make the index again, or remove the file"
             )
 
@@ -238,7 +237,7 @@ def _build_table(
 
 
 def _refuse_weight_map(source: str, weight_map: dict[str, str], where: dict[str, str]) -> None:
-    again = f"make {INDEX_NAME} again, or download the files again"
+    again = f"make {INDEX_FILE} again, or download the files again"
     for tensor, file in weight_map.items():
         if tensor not in where:
             raise CheckpointError(

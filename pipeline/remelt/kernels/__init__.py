@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remelt.errors import OperatorError
-from remelt.kernels.footprint import program_bytes
 from remelt.kernels.program import Geometry, Program
 from remelt.operators import OPERATORS, load_operators
 from remelt.treatment import Apply
@@ -91,8 +90,3 @@ def count_nonfinite(bits: NDArray[np.generic], dtype: str) -> int:
 
     flat = np.ascontiguousarray(bits).reshape(-1)
     return int(nonfinite(address_of(flat), KINDS[dtype], flat.size)) if flat.size else 0
-
-
-def projected_program_bytes(apply: Apply, geometry: Geometry, num_workers: int, block_elements: int) -> int:
-    """As `footprint.program_bytes`."""
-    return program_bytes(apply, geometry, num_workers, block_elements)

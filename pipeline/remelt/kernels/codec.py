@@ -15,11 +15,12 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from remelt.kernels.compile import compiled, part
+from remelt.kernels.footprint import CHUNK_ELEMENTS
 
 BF16, F16, F32, F64 = 0, 1, 2, 3
 KINDS: dict[str, int] = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F64}
 
-CHUNK = 2048
+CHUNK = CHUNK_ELEMENTS
 """Elements of a chunk: base, one model and the result as float32 are 24 KiB, which first-level caches hold."""
 
 

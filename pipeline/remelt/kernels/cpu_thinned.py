@@ -15,6 +15,7 @@ from remelt.kernels import elements, rows, select
 from remelt.kernels.combine import GROUP
 from remelt.kernels.cpu_sources import Sources, address_of
 from remelt.kernels.cpu_weighted import add_leaves
+from remelt.kernels.footprint import CANDIDATE_LIMIT, LOWER_BINS, TABLES, UPPER_BINS
 from remelt.kernels.program import Block
 from remelt.operators.quantities import (
     ElectionWeights,
@@ -27,9 +28,6 @@ from remelt.operators.quantities import (
     rank_probabilities,
     thresholds_of,
 )
-
-CANDIDATE_LIMIT = 1 << 22
-"""Members of a threshold's bin that are gathered at most (8 MiB); more are counted in further rounds instead."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ class Banded(Elementwise):
         self._lock = threading.Lock()
         self._upper: list[NDArray[np.uint32] | None] = [None] * sources.num_workers
         self._lower: list[NDArray[np.uint64] | None] = [None] * sources.num_workers
-        bins = 0 if self._is_small else select.UPPER_BINS
+        bins = 0 if self._is_small else UPPER_BINS
         self._totals = np.zeros((sources.num_models, bins), np.int64)
         self._gathered: dict[int, tuple[list[NDArray[np.uint16]], NDArray[np.int64]]] = {}
         self._bins = np.zeros(len(self._cuts), np.uint32)
@@ -224,7 +222,7 @@ class Banded(Elementwise):
             self._gather(block, addresses, count)
         elif round_ == 1:
             if self._lower[worker] is None:
-                self._lower[worker] = np.zeros((len(self._cuts), select.LOWER_BINS), np.uint64)
+                self._lower[worker] = np.zeros((len(self._cuts), LOWER_BINS), np.uint64)
             select.count_lower(addresses, kinds, self._models, self._bins, count, self._lower[worker])
         elif not self._is_gathering:
             ties = self._leaf_ties[block.first_leaf : block.first_leaf + sources.num_leaves(block)]
@@ -242,7 +240,7 @@ class Banded(Elementwise):
     def _count_upper(self, addresses: NDArray[np.uint64], count: int, worker: int) -> None:
         table = self._upper[worker]
         if table is None:
-            shape = (self._sources.num_models, select.UPPER_BINS * select.TABLES)
+            shape = (self._sources.num_models, UPPER_BINS * TABLES)
             table = self._upper[worker] = np.zeros(shape, np.uint32)
         select.count_upper(addresses, self._sources.kinds, self._is_thinned, count, table)
         if self._sources.geometry.num_elements >= 1 << 32:  # a counter could overflow
@@ -253,8 +251,8 @@ class Banded(Elementwise):
         table = self._upper[worker]
         if table is not None:
             with self._lock:
-                for table_place in range(select.TABLES):
-                    self._totals += table[:, table_place :: select.TABLES]
+                for table_place in range(TABLES):
+                    self._totals += table[:, table_place::TABLES]
             table[:] = 0
 
     def _gather(self, block: Block, addresses: NDArray[np.uint64], count: int) -> None:
@@ -303,7 +301,7 @@ class Banded(Elementwise):
                 if histograms is not None:
                     self._descend(place, histograms[place].astype(np.int64), lower)
                     continue
-                histogram = np.zeros(select.LOWER_BINS, np.int64)
+                histogram = np.zeros(LOWER_BINS, np.int64)
                 for first in order:
                     select.tally(self._gathered[first][0][place], histogram)
                 self._descend(place, histogram, lower)

@@ -13,12 +13,9 @@ import numpy as np
 
 from remelt.kernels.codec import CHUNK, bits_of, decode
 from remelt.kernels.compile import compiled, part
+from remelt.kernels.footprint import TABLES
 from remelt.kernels.weighted import read_chunk
 
-UPPER_BINS = 1 << 15
-LOWER_BINS = 1 << 16
-TABLES = 2
-"""Interleaved counters for each bin: the same bin again would otherwise wait for its own last store."""
 NEVER = 0xFFFFFFFF
 GROUP = 16
 """Elements that are looked at together before one is looked at alone."""
