@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -53,6 +54,8 @@ app.command("demo")(search_commands.demo)
 
 def main() -> None:
     """Entry point of the console script."""
+    # What the imports and the loading of kernels leave behind is kept: collecting it again and again takes 0.1 s.
+    gc.set_threshold(100_000)
     try:
         status = app(standalone_mode=False)
     except RemeltError as error:

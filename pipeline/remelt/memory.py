@@ -19,11 +19,15 @@ from remelt.kernels.program import Geometry, geometry_of
 from remelt.operators import OPERATORS
 from remelt.plan import PlannedTensor, Projection
 from remelt.recipe_checks import installed_operators
+from remelt.shard_file import NUM_STAGING, STAGING_BYTES
 from remelt.treatment import Apply
 
 KIB, MIB = 1024, 1024 * 1024
-BLOCK_ELEMENTS = (131_072, 65_536, 32_768, 16_384)
-"""Aimed block sizes, largest first: a block of five 16-bit sources of the first size fits a 2 MB cache."""
+BLOCK_ELEMENTS = (524_288, 262_144, 131_072, 65_536, 32_768, 16_384)
+"""Aimed block sizes, largest first: a 16-bit source of the first fits a second-level cache, and the work of such a
+block is long against what Python takes to hand it out."""
+SHARDS_OPEN = 2
+"""Shards of a coefficient set that hold buffers: one is written while the last one is synced."""
 COPY_BLOCK_BYTES = MIB
 FIXED_BYTES = 24 * MIB
 """Thread stacks and allocator slack, beyond idle imports: those of numba and its compiled kernels are imports too."""
@@ -159,6 +163,7 @@ def project(
             ("records of a unit", TENSOR_RECORD_BYTES * num_records),
             (f"source blocks of {threads} threads", threads * demand.source_bytes),
             (f"{num_outputs} output blocks", num_outputs * num_sets * demand.output_bytes),
+            ("shards being written", SHARDS_OPEN * num_sets * NUM_STAGING * STAGING_BYTES),
             (f"operator state of {num_tensors} tensors", num_tensors * demand.program_bytes),
         ]
         needed = sum(size for _, size in terms)

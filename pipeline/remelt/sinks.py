@@ -6,10 +6,7 @@ model's parameters are another. Digests are taken while the bytes pass.
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -21,10 +18,7 @@ from remelt.errors import OutputError
 from remelt.fingerprints import TensorDigest
 from remelt.layout import header_bytes
 from remelt.plan import OutputRecord, PlannedTensor, StoredTensor, TensorRecord
-
-WRITEBACK_BYTES = 32 * 1024 * 1024
-"""Dirty bytes after which the kernel is asked to start writing, so that the final sync finds little to do."""
-_SYNC_FILE_RANGE_WRITE = 2
+from remelt.shard_file import ShardFile
 
 
 class Sink(Protocol):
@@ -41,14 +35,6 @@ class Sink(Protocol):
     def abort(self) -> None:
         """Forget what was written."""
         ...
-
-
-def _start_writeback(fd: int, offset: int, length: int) -> None:
-    if _libc is not None:
-        _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
-
-
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def sync_directory(path: Path) -> None:
@@ -82,17 +68,14 @@ class ShardSink:
         header = header_bytes(tensor.stored for tensor in tensors)
         self._data_start = len(header)
         self._end = len(header)
-        self._written_back = 0
-        self._sha256 = hashlib.sha256(header)
         self._records: list[TensorRecord] = []
         self._digest: TensorDigest | None = None
         self._num_nonfinite = 0
         self._total_bytes = len(header) + sum(tensor.stored.nbytes for tensor in tensors)
-        self._fd = -1
+        self._shard: ShardFile | None = None
         try:
-            self._fd = os.open(self._temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
-            os.posix_fallocate(self._fd, 0, self._total_bytes)
-            os.pwrite(self._fd, header, 0)
+            self._shard = ShardFile(self._temporary, self._total_bytes)
+            self._shard.append(memoryview(header))
         except OSError as error:
             self.abort()
             raise unwritable(self._path, error) from error
@@ -102,42 +85,34 @@ class ShardSink:
         assert position == self._end, f"{stored.name}: written at {position}, the shard ends at {self._end}"
         if self._digest is None:
             self._digest = TensorDigest(stored.dtype, stored.shape)
-        data = bits.data
-        self._digest.update(data)
-        self._sha256.update(data)
+        self._digest.update(bits.data)
         self._num_nonfinite += num_nonfinite
+        assert self._shard is not None
         try:
-            while data:
-                count = os.pwrite(self._fd, data, self._end)
-                self._end += count
-                data = data[count:]
+            self._shard.append(bits.data)
         except OSError as error:
             raise unwritable(self._path, error) from error
+        self._end += bits.nbytes
         if start_byte + bits.nbytes == stored.nbytes:
             self._records.append(
                 TensorRecord(stored.name, stored.dtype, stored.shape, self._digest.hexdigest(), self._num_nonfinite)
             )
             self._digest, self._num_nonfinite = None, 0
-        if self._end - self._written_back >= WRITEBACK_BYTES:
-            _start_writeback(self._fd, self._written_back, self._end - self._written_back)
-            self._written_back = self._end
 
     def finish(self) -> OutputRecord:
         if self._end != self._total_bytes:
             raise AssertionError(f"{self._path.name}: {self._end} of {self._total_bytes} bytes written")
+        assert self._shard is not None
         try:
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            sha256 = self._shard.finish()
             self._temporary.rename(self._path)
             sync_directory(self._path.parent)
         except OSError as error:
             self.abort()
             raise unwritable(self._path, error) from error
-        return OutputRecord(self._path.name, self._total_bytes, self._sha256.hexdigest(), tuple(self._records))
+        return OutputRecord(self._path.name, self._total_bytes, sha256, tuple(self._records))
 
     def abort(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._shard is not None:
+            self._shard.close()
         self._temporary.unlink(missing_ok=True)

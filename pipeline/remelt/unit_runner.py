@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,17 @@ class _Claim(NamedTuple):
     outputs: list[Bytes]
 
 
+class _Finished(NamedTuple):
+    """A merged block that waits for those before it."""
+
+    work: _TensorWork
+    start_byte: int
+    outs: list[Bytes]
+    num_nonfinite: list[int]
+    outputs: list[Bytes]
+    """The buffers, whole, to be used again."""
+
+
 class _TensorWork:
     """One tensor in flight."""
 
@@ -77,7 +89,8 @@ class _TensorWork:
         self.next_block = 0
         self.outstanding = 0
         self.is_finishing = False
-        self.turn = 0
+        self.turns = [0] * len(planned.sources)
+        """The next block of each source to be digested."""
         self.digests = [TensorDigest(info.dtype, info.shape) for _, info in planned.sources]
         self.num_nonfinite = [0] * len(planned.sources)
         self.arena: Bytes | None = None
@@ -161,7 +174,7 @@ class UnitRunner:
         self._sequence = 0
         self._num_drained = 0
         self._is_draining = False
-        self._ready: dict[int, tuple[_TensorWork, int, list[Bytes], list[Bytes]]] = {}
+        self._ready: dict[int, _Finished] = {}
         self._failure: BaseException | None = None
         self._arena = _Arena(sizes.arena_bytes)
         self._free_outputs = [
@@ -305,14 +318,15 @@ class UnitRunner:
         stop = min(start + work.block_bytes, work.planned.stored.nbytes)
         out = claim.outputs[0][: stop - start]
         self._read(place, info, start, out, worker)
-        self._take_note(claim, [out])
-        self._deposit(claim, start, [out] * len(self._sinks))
+        num_nonfinite = self._count(claim, 0, out)
+        self._digest_in_turn(claim, [out])
+        self._deposit(claim, start, [out] * len(self._sinks), [num_nonfinite] * len(self._sinks))
 
     def _work_block(self, claim: _Claim, buffer: Bytes, worker: int) -> None:
         work = claim.work
         first, stop = work.rows(claim.block)
         elements = (stop - first) * work.geometry.row_length
-        views = self._sources(claim, buffer, first * work.geometry.row_length, elements, worker)
+        views, num_digested = self._sources(claim, buffer, first * work.geometry.row_length, elements, worker)
         stored = {
             place: as_stored(view, info.dtype) for (place, info), view in zip(work.planned.sources, views, strict=True)
         }
@@ -320,6 +334,7 @@ class UnitRunner:
         outs = [output[: elements * itemsize] for output in claim.outputs]
         if any(out.nbytes != elements * itemsize for out in outs):
             raise AssertionError(f"{work.planned.name}: an output buffer is smaller than {elements * itemsize} bytes")
+        nonfinite_outs = []
         for number, (treatment, program) in enumerate(zip(work.planned.treatments, work.programs, strict=True)):
             assert isinstance(treatment, Apply)
             block = Block(
@@ -330,15 +345,24 @@ class UnitRunner:
                 tuple(stored[place] for place in treatment.models),
             )
             if outs:
-                program.apply(block, as_stored(outs[number], work.planned.stored.dtype), worker)
+                out = as_stored(outs[number], work.planned.stored.dtype)
+                program.apply(block, out, worker)
+                nonfinite_outs.append(count_nonfinite(out, work.planned.stored.dtype))
             elif claim.round_ < program.num_rounds:
                 program.measure(claim.round_, block, worker)
+        if claim.round_ == 0:
+            self._digest_in_turn(claim, views, num_digested)
         if outs:
-            self._deposit(claim, first * work.geometry.row_length * itemsize, outs)
+            self._deposit(claim, first * work.geometry.row_length * itemsize, outs, nonfinite_outs)
 
-    def _sources(self, claim: _Claim, buffer: Bytes, first_element: int, elements: int, worker: int) -> list[Bytes]:
-        """The block's bytes of each source: read into the arena or the worker's buffer, or found in the arena."""
-        work, views, used = claim.work, [], 0
+    def _sources(
+        self, claim: _Claim, buffer: Bytes, first_element: int, elements: int, worker: int
+    ) -> tuple[list[Bytes], int]:
+        """The block's bytes of each source: read into the arena or the worker's buffer, or found in the arena.
+
+        A source is digested while its bytes are near, if the blocks before it have been; returns how many were.
+        """
+        work, views, used, num_digested = claim.work, [], 0, 0
         is_first = claim.round_ == 0
         for number, (place, info) in enumerate(work.planned.sources):
             itemsize = DTYPES[info.dtype].item_bits // 8
@@ -353,37 +377,55 @@ class UnitRunner:
             if is_first or work.arena is None:
                 self._read(place, info, start, view, worker)
             views.append(view)
-        if is_first:
-            self._take_note(claim, views)
-        return views
+            if is_first:
+                self._count(claim, number, view)
+                if num_digested == number and work.turns[number] == claim.block:
+                    self._digest(claim, number, view)
+                    num_digested += 1
+        return views, num_digested
 
     def _read(self, place: int, info: TensorInfo, start: int, view: Bytes, worker: int) -> None:
         self._readers[place].read_into(info, start, view)
         self._read_by_worker[worker] += view.nbytes
         self._on_bytes(view.nbytes)
 
-    def _take_note(self, claim: _Claim, views: Sequence[Bytes]) -> None:
-        """Count non-finite values and digest the sources, in block order: each thread waits for its turn."""
-        work = claim.work
-        counts = [
-            count_nonfinite(as_stored(view, info.dtype), info.dtype) if DTYPES[info.dtype].is_mergeable else 0
-            for (_, info), view in zip(work.planned.sources, views, strict=True)
-        ]
-        if work.turn != claim.block:
+    def _count(self, claim: _Claim, number: int, view: Bytes) -> int:
+        """Count NaN and Inf of a block of a source."""
+        _, info = claim.work.planned.sources[number]
+        if not DTYPES[info.dtype].is_mergeable:
+            return 0
+        count = count_nonfinite(as_stored(view, info.dtype), info.dtype)
+        if count:
             with self._changed:
-                self._changed.wait_for(lambda: work.turn == claim.block or self._failure is not None)
-        for number, (digest, view) in enumerate(zip(work.digests, views, strict=True)):
-            digest.update(view.data)
-            work.num_nonfinite[number] += counts[number]
+                claim.work.num_nonfinite[number] += count
+        return count
+
+    def _digest_in_turn(self, claim: _Claim, views: Sequence[Bytes], num_digested: int = 0) -> None:
+        """Digest the sources from `num_digested` on, each after the blocks before this one."""
+        work = claim.work
+        for number in range(num_digested, len(views)):
+            if work.turns[number] != claim.block:
+                with self._changed:
+                    self._changed.wait_for(partial(self._is_turn, claim, number))
+                if self._failure is not None:
+                    return
+            self._digest(claim, number, views[number])
         with self._changed:
-            work.turn += 1
             self._changed.notify_all()
+
+    def _is_turn(self, claim: _Claim, number: int) -> bool:
+        return claim.work.turns[number] == claim.block or self._failure is not None
+
+    def _digest(self, claim: _Claim, number: int, view: Bytes) -> None:
+        claim.work.digests[number].update(view.data)
+        # Only the thread whose turn it is writes here; those that wait are woken once it has done all its sources.
+        claim.work.turns[number] += 1
 
     # Output, in order.
 
-    def _deposit(self, claim: _Claim, start_byte: int, outs: list[Bytes]) -> None:
+    def _deposit(self, claim: _Claim, start_byte: int, outs: list[Bytes], num_nonfinite: list[int]) -> None:
         with self._changed:
-            self._ready[claim.sequence] = (claim.work, start_byte, outs, claim.outputs)
+            self._ready[claim.sequence] = _Finished(claim.work, start_byte, outs, num_nonfinite, claim.outputs)
             if self._is_draining:
                 return
             self._is_draining = True
@@ -393,20 +435,16 @@ class UnitRunner:
                 if entry is None or self._failure is not None:
                     self._is_draining = False
                     return
-            work, start, outs, outputs = entry
-            stored = work.planned.stored
-            for sink, out in zip(self._sinks, outs, strict=True):
-                num_nonfinite = 0
-                if DTYPES[stored.dtype].is_mergeable:
-                    num_nonfinite = count_nonfinite(as_stored(out, stored.dtype), stored.dtype)
-                sink.write(stored, start, out, num_nonfinite)
+            stored = entry.work.planned.stored
+            for sink, out, count in zip(self._sinks, entry.outs, entry.num_nonfinite, strict=True):
+                sink.write(stored, entry.start_byte, out, count)
                 self.write_bytes += out.nbytes
-                if num_nonfinite:
-                    self.nonfinite_outputs[stored.name] = self.nonfinite_outputs.get(stored.name, 0) + num_nonfinite
+                if count:
+                    self.nonfinite_outputs[stored.name] = self.nonfinite_outputs.get(stored.name, 0) + count
                 self._on_bytes(out.nbytes)
             with self._changed:
                 self._num_drained += 1
-                self._free_outputs.append(outputs)
+                self._free_outputs.append(entry.outputs)
                 self._changed.notify_all()
 
 

@@ -8,8 +8,9 @@ from remelt.kernels.codec import CHUNK, decode, encode
 from remelt.kernels.combine import add_magnitudes, merge_chunk
 from remelt.kernels.compile import compiled
 from remelt.kernels.masks import drop_ranked
+from remelt.kernels.products import LANES
 from remelt.kernels.ranks import DIGIT_BITS, deal_by_rank
-from remelt.kernels.weighted import LANES, read_chunk
+from remelt.kernels.weighted import read_chunk
 
 
 @compiled

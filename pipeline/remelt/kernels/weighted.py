@@ -12,8 +12,10 @@ from numba import carray
 
 from remelt.kernels.codec import BF16, CHUNK, decode, encode, float_of, uint16_pointer
 from remelt.kernels.compile import compiled, part
+from remelt.kernels.products import LANES, add_products
 
-LANES = 64
+WIDE_CHUNK = 512
+"""Elements of a chunk whose models are all held as float64."""
 
 
 @part
@@ -55,36 +57,27 @@ def weighted_sum(addresses, kinds, coefficients, has_base, out_address, out_kind
         encode(total, out_address, out_kind, start, size)
 
 
-@part
-def add_products(a, b, count, lanes):
-    """lanes[l] += a[j] * b[j] for every j with j mod LANES = l, in ascending order."""
-    whole = count - count % LANES
-    for start in range(0, whole, LANES):
-        x = a[start : start + LANES]
-        y = b[start : start + LANES]
-        for lane in range(LANES):
-            lanes[lane] += np.float64(x[lane]) * np.float64(y[lane])
-    for j in range(whole, count):
-        lanes[j - whole] += np.float64(a[j]) * np.float64(b[j])
-
-
 @compiled
 def gram_of_leaves(addresses, kinds, has_base, leaf_elements, count, out):
     """Inner products of every pair i <= j of models for each leaf of a block, into `out` (leaves, K (K + 1) / 2)."""
     num_models = len(addresses) - 1
     num_pairs = num_models * (num_models + 1) // 2
-    base = np.empty(CHUNK, np.float32)
-    values = np.empty((num_models, CHUNK), np.float32)
+    base = np.empty(WIDE_CHUNK, np.float32)
+    narrow = np.empty(WIDE_CHUNK, np.float32)
+    values = np.empty((num_models, WIDE_CHUNK), np.float64)
     lanes = np.empty((num_pairs, LANES), np.float64)
     for leaf in range(len(out)):
         lanes[:] = 0.0
         stop = min(count, (leaf + 1) * leaf_elements)
-        for start in range(leaf * leaf_elements, stop, CHUNK):
-            size = min(CHUNK, stop - start)
+        for start in range(leaf * leaf_elements, stop, WIDE_CHUNK):
+            size = min(WIDE_CHUNK, stop - start)
             if has_base:
                 decode(addresses[0], kinds[0], start, size, base)
             for i in range(num_models):
-                read_chunk(addresses[i + 1], kinds[i + 1], base, has_base, start, size, values[i])
+                read_chunk(addresses[i + 1], kinds[i + 1], base, has_base, start, size, narrow)
+                wide = values[i]
+                for j in range(size):
+                    wide[j] = np.float64(narrow[j])
             pair = 0
             for i in range(num_models):
                 for k in range(i, num_models):
