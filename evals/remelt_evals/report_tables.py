@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from remelt.errors import EvaluationError
 from remelt_evals.eval_report import EvalReport, TaskReport, canonical_json, number_or_none, objective
-from remelt_evals.report_schemas import TABLES, table_schema
+from remelt_evals.report_schemas import SCHEMA_VERSION, SCHEMA_VERSION_KEY, TABLE_KEY, TABLES, table_schema
 
 # Half the width of a 95 % interval in standard errors.
 _Z95 = 1.959963984540054
@@ -50,6 +51,11 @@ class RunContext:
     coefficients: Mapping[str, float] | None = None
     git_commit: str | None = None
     ray_job_id: str | None = None
+    label: str | None = None
+    """The trial's."""
+    host: str | None = None
+    """The machine that it ran on."""
+    merge_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +76,25 @@ class TrialRow:
     coefficients: Mapping[str, float] | None = None
     error: str | None = None
     started_at: datetime | None = None
-    """With a time zone."""
+    """When it was asked for; with a time zone."""
     finished_at: datetime | None = None
     seconds: float | None = None
+    digest: str | None = None
+    origin: str | None = None
+    fidelity: str | None = None
+    standard_error: float | None = None
+    """Of the score."""
+    standard_errors: Mapping[str, float | None] | None = None
+    """Of the scores, by ability."""
+    is_winner: bool | None = None
+    asked_after: int | None = None
+    """How many trials had finished when it was asked for."""
+    seen: tuple[int, ...] | None = None
+    """Numbers of the trials that its ask had seen."""
+    host: str | None = None
+    device: str | None = None
+    merge_seconds: float | None = None
+    evaluation_seconds: float | None = None
 
 
 def write_evaluation(reports: str | Path, report: EvalReport, context: RunContext | None = None) -> tuple[Path, ...]:
@@ -127,6 +149,18 @@ def write_trials(reports: str | Path, study_id: str, trials: Sequence[TrialRow],
             "started_at": trial.started_at,
             "finished_at": trial.finished_at,
             "seconds": number_or_none(trial.seconds),
+            "digest": trial.digest,
+            "origin": trial.origin,
+            "fidelity": trial.fidelity,
+            "standard_error": number_or_none(trial.standard_error),
+            "standard_errors": _pairs(trial.standard_errors),
+            "is_winner": trial.is_winner,
+            "asked_after": trial.asked_after,
+            "seen": None if trial.seen is None else list(trial.seen),
+            "host": trial.host,
+            "device": trial.device,
+            "merge_seconds": number_or_none(trial.merge_seconds),
+            "evaluation_seconds": number_or_none(trial.evaluation_seconds),
         }
         for trial in trials
     ]
@@ -150,11 +184,23 @@ def write_diff(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     return path
 
 
-def read_table(reports: str | Path, table: str) -> Any:
+def read_table(
+    reports: str | Path,
+    table: str,
+    *,
+    columns: Sequence[str] | None = None,
+    filters: Mapping[str, Collection[str]] | None = None,
+) -> Any:
     """All rows of a table as a `pyarrow.Table`, with the partition columns `study` and `date` as text.
 
+    Args:
+        columns: those to read; all by default.
+        filters: `column: values`; rows whose column has one of these values. On `study` and `date`, and on
+            `evaluation_id` (which is in the name of the files), other files are not opened.
+
     Raises:
-        EvaluationError: there is no such table, or nothing was written to it yet.
+        EvaluationError: there is no such table, nothing was written to it yet, or a file of it is damaged or of
+            another schema version.
     """
     import pyarrow as pa
     import pyarrow.dataset as ds
@@ -167,15 +213,42 @@ def read_table(reports: str | Path, table: str) -> Any:
     # Said, not guessed: a study id of digits alone would be read as a number.
     partitions = pa.schema([("study", pa.string()), ("date", pa.string())])
     schema = pa.schema([*table_schema(table), *partitions], metadata=table_schema(table).metadata)
-    return ds.dataset(
-        folder, schema, format="parquet", partitioning=ds.partitioning(partitions, flavor="hive")
-    ).to_table()
+    source: Any = folder
+    wanted = None
+    for name, values in (filters or {}).items():
+        one = ds.field(name).isin(list(values))
+        wanted = one if wanted is None else wanted & one
+        if name == "evaluation_id":
+            source = [str(path) for value in values for path in sorted(folder.glob(f"*/*/part-{value}.parquet"))]
+    partitioning = ds.partitioning(partitions, flavor="hive")
+    try:
+        found = ds.dataset(source, schema, format="parquet", partitioning=partitioning, partition_base_dir=str(folder))
+        for fragment in found.get_fragments(wanted):
+            _check_version(fragment.path, fragment.metadata.metadata, table)
+        return found.to_table(columns=None if columns is None else list(columns), filter=wanted)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise EvaluationError(f"{folder} cannot be read as table {table}: {' '.join(str(error).split())}") from error
+
+
+def _check_version(path: str, metadata: Mapping[bytes, bytes] | None, table: str) -> None:
+    """Refuse a file whose columns mean something else."""
+    found = metadata or {}
+    if found.get(TABLE_KEY, b"").decode() != table:
+        raise EvaluationError(f"{path} is no file of table {table}: it was not written by remelt; move it elsewhere")
+    version = int(found.get(SCHEMA_VERSION_KEY, b"0"))
+    if version != SCHEMA_VERSION:
+        what = "a newer remelt; install that" if version > SCHEMA_VERSION else "an older remelt; evaluate again"
+        raise EvaluationError(
+            f"{path} has version {version} of the tables' columns, this remelt reads {SCHEMA_VERSION}: it is "
+            f"from {what}, or read it with any reader of Parquet"
+        )
 
 
 def _run_row(report: EvalReport, context: RunContext, started: datetime) -> dict[str, Any]:
     versions = report.versions
     return {
         "fidelity": report.fidelity,
+        "label": context.label,
         "status": report.status,
         "error": report.error,
         "objective": number_or_none(objective(report)) if report.is_ok else None,
@@ -186,6 +259,7 @@ def _run_row(report: EvalReport, context: RunContext, started: datetime) -> dict
         "backend": report.backend,
         "device": report.device,
         "dtype": report.dtype,
+        "host": context.host,
         "lm_eval_version": versions.get("lm-eval"),
         "transformers_version": versions.get("transformers"),
         "torch_version": versions.get("torch"),
@@ -195,6 +269,7 @@ def _run_row(report: EvalReport, context: RunContext, started: datetime) -> dict
         "ray_job_id": context.ray_job_id,
         "started_at": started,
         "finished_at": started + timedelta(seconds=report.seconds),
+        "merge_seconds": number_or_none(context.merge_seconds),
         "seconds": report.seconds,
     }
 
@@ -208,12 +283,12 @@ def _metric_row(task: TaskReport) -> dict[str, Any]:
         "task_version": task.task_version,
         "metric": task.metric,
         "filter": task.filter,
-        "value": task.value,
-        "stderr": task.stderr,
-        "ci_low": None if half is None else task.value - half,
-        "ci_high": None if half is None else task.value + half,
-        "n_samples": task.n,
-        "n_total": task.n_total,
+        "score": task.value,
+        "standard_error": task.stderr,
+        "ci_lower": None if half is None else task.value - half,
+        "ci_upper": None if half is None else task.value + half,
+        "num_samples": task.n,
+        "num_total": task.n_total,
         "is_subset": task.n < task.n_total,
         "num_fewshot": task.num_fewshot,
         "higher_is_better": task.higher_is_better,
@@ -225,11 +300,14 @@ def _metric_row(task: TaskReport) -> dict[str, Any]:
 
 def _sample_rows(ids: Mapping[str, Any], task: TaskReport) -> list[dict[str, Any]]:
     shared = {**ids, "ability": task.ability, "task": task.task, "metric": task.metric, "filter": task.filter}
-    names = [name for name in table_schema("samples").names if name not in shared]
-    return [shared | {name: getattr(sample, name) for name in names} for sample in task.samples]
+    names = [name for name in table_schema("samples").names if name not in {*shared, "is_correct"}]
+    return [
+        shared | {name: getattr(sample, name) for name in names} | {"is_correct": sample.correct}
+        for sample in task.samples
+    ]
 
 
-def _pairs(numbers: Mapping[str, float] | None) -> list[tuple[str, float | None]] | None:
+def _pairs(numbers: Mapping[str, float | None] | None) -> list[tuple[str, float | None]] | None:
     return None if numbers is None else [(name, number_or_none(value)) for name, value in numbers.items()]
 
 
@@ -254,8 +332,9 @@ def _write_file(path: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> No
     import pyarrow.parquet as pq
 
     content = pa.Table.from_pylist([dict(row) for row in rows], schema=table_schema(table))
-    # A leading dot hides it from every reader of the folder.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A leading dot hides it from every reader of the folder; two writers of one file, on two hosts or in two threads,
+    # have a temporary file each.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         pq.write_table(content, temporary, compression="zstd")
         with temporary.open("rb") as file:

@@ -131,15 +131,15 @@ def test_all_four_readers_see_the_same_rows(table: str, tmp_path: Path) -> None:
 def test_missing_numbers_are_null_in_every_reader(tmp_path: Path) -> None:
     write_evaluation(tmp_path, report(1), CONTEXT)
     metrics = str(tmp_path / "metrics" / "**" / "*.parquet")
-    assert read_table(tmp_path, "metrics")["stderr"].to_pylist() == [None]
-    assert duckdb.sql(f"select stderr is null, ci_low is null, typeof(stderr) from '{metrics}'").fetchall() == [
-        (True, True, "DOUBLE")
-    ]
+    assert read_table(tmp_path, "metrics")["standard_error"].to_pylist() == [None]
+    assert duckdb.sql(
+        f"select standard_error is null, ci_lower is null, typeof(standard_error) from '{metrics}'"
+    ).fetchall() == [(True, True, "DOUBLE")]
     samples = read_table(tmp_path, "samples")
     assert samples["score"].to_pylist() == [1.0, 0.0, None]
-    assert samples["correct"].to_pylist() == [True, False, None]
+    assert samples["is_correct"].to_pylist() == [True, False, None]
     assert samples["loglik"].to_pylist()[0] == [-1.5, None, -2.0]
-    assert polars.read_parquet(metrics)["stderr"].null_count() == 1
+    assert polars.read_parquet(metrics)["standard_error"].null_count() == 1
 
 
 def test_what_was_written_comes_back(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
     assert (run["finished_at"] - run["started_at"]).total_seconds() == 2.5
     (metric,) = read_table(tmp_path, "metrics").to_pylist()
     assert metric["is_subset"] is True
-    assert metric["ci_high"] - metric["ci_low"] == pytest.approx(2 * 1.959964 * 0.1)
+    assert metric["ci_upper"] - metric["ci_lower"] == pytest.approx(2 * 1.959964 * 0.1)
 
 
 def test_a_failed_evaluation_is_a_run_without_metrics(tmp_path: Path) -> None:
