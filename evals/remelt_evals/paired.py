@@ -113,8 +113,8 @@ def compare(a: EvalReport, b: EvalReport, *, num_resamples: int = 10_000, seed: 
 
 
 def _pair(a: TaskReport, b: TaskReport) -> _Stratum:
-    by_key = _keyed(b.samples)
-    pairs = [(sample, by_key[key]) for key, sample in _keyed(a.samples).items() if key in by_key]
+    by_key = keyed_samples(b.samples)
+    pairs = [(sample, by_key[key]) for key, sample in keyed_samples(a.samples).items() if key in by_key]
     if not pairs:
         raise EvaluationError(f"the two evaluations of {a.task} have no item in common")
     if a.aggregation == "other" or any(one.score is None or two.score is None for one, two in pairs):
@@ -123,7 +123,7 @@ def _pair(a: TaskReport, b: TaskReport) -> _Stratum:
     return _Stratum(a, scores, np.array([one.weight for one, _ in pairs], dtype=np.float64))
 
 
-def _keyed(samples: Sequence[SampleScore]) -> dict[tuple[str, int], SampleScore]:
+def keyed_samples(samples: Sequence[SampleScore]) -> dict[tuple[str, int], SampleScore]:
     """Samples by item hash; an item that an eval task holds twice is told apart by its count."""
     seen: dict[str, int] = {}
     keyed = {}

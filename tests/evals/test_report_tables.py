@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +17,15 @@ import pytest
 
 from remelt.errors import EvaluationError
 from remelt_evals.eval_report import EvalReport, SampleScore, TaskReport
-from remelt_evals.report_schemas import SCHEMA_VERSION, SCHEMA_VERSION_KEY, table_schema
+from remelt_evals.report_schemas import (
+    COLUMNS,
+    SCHEMA_VERSION,
+    SCHEMA_VERSION_KEY,
+    TABLE_KEY,
+    TABLES,
+    schema_markdown,
+    table_schema,
+)
 from remelt_evals.report_tables import (
     ParentRow,
     RunContext,
@@ -25,6 +35,7 @@ from remelt_evals.report_tables import (
     write_evaluation,
     write_trials,
 )
+from study_reports import write_study
 
 CONTEXT = RunContext(
     study_id="0123",
@@ -126,6 +137,126 @@ def test_all_four_readers_see_the_same_rows(table: str, tmp_path: Path) -> None:
         value = getattr(CONTEXT, name, None) or getattr(report(), name, None)
         mine = polar.filter(polars.col("study_id").is_not_null())
         assert set(mine[name].to_list()) == {value}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_column_of_every_table_is_read_by_all_four_readers(table: str, tmp_path: Path) -> None:
+    write_study(tmp_path)
+    arrow = read_table(tmp_path, table)
+    names = table_schema(table).names
+    pattern = str(tmp_path / table / "**" / "*.parquet")
+    duck = duckdb.sql(f"select * from read_parquet('{pattern}', hive_partitioning = true)")
+    polar = polars.read_parquet(pattern, hive_partitioning=True)
+    panda = pandas.read_parquet(tmp_path / table)
+    for found in (duck.columns, polar.columns, list(panda.columns)):
+        assert list(found[: len(names)]) == names
+        assert set(found[len(names) :]) == {"study", "date"}
+    plain = [column.name for column in COLUMNS[table] if column.kind in ("text", "number", "whole", "flag")]
+    expected = sorted(map(repr, arrow.select(plain).to_pylist()))
+    assert sorted(repr(dict(zip(plain, row, strict=True))) for row in duck.select(*plain).fetchall()) == expected
+    assert sorted(map(repr, polar.select(plain).to_dicts())) == expected
+    nothing = panda[plain].isna().sum().sum()
+    assert nothing == sum(arrow[name].null_count for name in plain)
+
+
+def test_the_coefficients_of_trials_are_a_map_that_all_four_readers_take_apart(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    pattern = str(tmp_path / "trials" / "**" / "*.parquet")
+    expected = [pytest.approx(0.1 * number) for number in range(9)]
+    assert [dict(row)["w_math"] for row in read_table(tmp_path, "trials")["coefficients"].to_pylist()] == expected
+    duck = duckdb.sql(f"select coefficients['w_math'] from '{pattern}' order by trial_number").fetchall()
+    assert [row[0] for row in duck] == expected
+    polar = polars.read_parquet(pattern).sort("trial_number")["coefficients"].to_list()
+    assert [dict(row)["w_math"] for row in polar] == expected
+    panda = pandas.read_parquet(tmp_path / "trials").sort_values("trial_number")["coefficients"]
+    assert [dict(row)["w_math"] for row in panda] == expected
+
+
+def test_several_writers_and_a_reader_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Eight threads write evaluations of their own and one that they share, while two others read."""
+    began = datetime(2026, 11, 21, tzinfo=UTC)
+    write_evaluation(tmp_path, report(0), CONTEXT)
+    write_trials(tmp_path, "a", [], study_started_at=began)
+    num_writers, num_each, is_done = 8, 6, threading.Event()
+
+    def write(writer: int) -> None:
+        for number in range(num_each):
+            write_evaluation(tmp_path, report(1 + writer * num_each + number), CONTEXT)
+            write_evaluation(tmp_path, report(0, seconds=float(writer)), CONTEXT)
+            row = TrialRow(trial_id=f"a-{number}", trial_number=number, state="COMPLETE", score=0.5)
+            write_trials(tmp_path, "a", [row] * (number + 1), study_started_at=began)
+
+    def read() -> int:
+        seen, num_reads = 0, 0
+        while not is_done.is_set():
+            runs = read_table(tmp_path, "runs")["evaluation_id"].to_pylist()
+            metrics = set(read_table(tmp_path, "metrics")["evaluation_id"].to_pylist())
+            # Nothing vanishes, nothing is half there: every run that is listed has its metrics.
+            assert len(runs) >= seen
+            assert len(set(runs)) == len(runs)
+            assert set(runs) <= metrics
+            assert len(set(read_table(tmp_path, "trials")["state"].to_pylist())) <= 1
+            duckdb.connect().sql(f"select count(*) from '{tmp_path}/metrics/**/*.parquet'").fetchall()
+            seen, num_reads = len(runs), num_reads + 1
+        return num_reads
+
+    with ThreadPoolExecutor(num_writers + 2) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        writers = [pool.submit(write, writer) for writer in range(num_writers)]
+        try:
+            for writer in writers:
+                writer.result()
+        finally:
+            is_done.set()
+        assert all(reader.result() > 0 for reader in readers)
+    assert read_table(tmp_path, "runs").num_rows == 1 + num_writers * num_each
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+
+
+def test_files_with_other_columns_are_refused_rather_than_read_as_nulls(tmp_path: Path) -> None:
+    *_, runs = write_evaluation(tmp_path, report())
+    content = pq.read_table(runs, partitioning=None)
+    for version, message in (("1", "from an older remelt; evaluate again"), ("99", "from a newer remelt; install")):
+        metadata = {SCHEMA_VERSION_KEY: version.encode(), TABLE_KEY: b"runs"}
+        pq.write_table(content.replace_schema_metadata(metadata), runs)
+        with pytest.raises(EvaluationError, match=message):
+            read_table(tmp_path, "runs")
+    pq.write_table(content.replace_schema_metadata(None), runs)
+    with pytest.raises(EvaluationError, match="is no file of table runs"):
+        read_table(tmp_path, "runs")
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    *_, runs = write_evaluation(tmp_path, report())
+    runs.write_bytes(runs.read_bytes()[:-5])
+    with pytest.raises(EvaluationError, match=r"runs cannot be read as table runs: .*part-"):
+        read_table(tmp_path, "runs")
+
+
+def test_a_column_that_came_later_is_null_in_files_from_before(tmp_path: Path) -> None:
+    *_, runs = write_evaluation(tmp_path, report())
+    content = pq.read_table(runs, partitioning=None)
+    pq.write_table(content.drop_columns(["host"]), runs)
+    write_evaluation(tmp_path, report(1), dataclasses.replace(CONTEXT, host="node-7"))
+    assert sorted(map(str, read_table(tmp_path, "runs")["host"].to_pylist())) == ["None", "node-7"]
+
+
+def test_only_files_that_can_matter_are_opened(tmp_path: Path) -> None:
+    *_, other = write_evaluation(tmp_path, report(1))
+    write_evaluation(tmp_path, report(0), CONTEXT)
+    other.write_bytes(b"damaged")
+    assert read_table(tmp_path, "runs", filters={"study": ["0123"]}).num_rows == 1
+    found = read_table(tmp_path, "runs", columns=["digest"], filters={"evaluation_id": [report(0).evaluation_id]})
+    assert found.to_pylist() == [{"digest": "d" * 64}]
+    assert read_table(tmp_path, "runs", filters={"evaluation_id": ["nothing"]}).num_rows == 0
+
+
+def test_the_documentation_lists_every_column_as_it_is() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reports.md").read_text()
+    assert schema_markdown() in text
+    assert f"version {SCHEMA_VERSION}" in text
+    for columns in COLUMNS.values():
+        assert all(column.meaning or column.name in text for column in columns)
 
 
 def test_missing_numbers_are_null_in_every_reader(tmp_path: Path) -> None:

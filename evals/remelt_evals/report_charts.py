@@ -1,0 +1,394 @@
+"""Charts of the report page as inline SVG: no script, colours from the page's style sheet, light and dark.
+
+Lengths are in the units of each chart's view box, which is as wide as the page's text at its full width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from itertools import pairwise
+from typing import NamedTuple
+
+WIDTH = 960.0
+_FONT = 12.0
+_CHAR = 6.5
+"""A character's mean width at the font size; generous, so that what is laid out by it does not overlap."""
+
+
+class Mark(NamedTuple):
+    """A point of a chart."""
+
+    x: float
+    y: float
+    kind: str
+    """Its class in the style sheet: uniform, parent, init, searcher, failed or stopped."""
+    tip: str
+    label: str = ""
+    error: float | None = None
+    is_on_front: bool = False
+    is_winner: bool = False
+
+
+class Bar(NamedTuple):
+    """A bar with its error."""
+
+    label: str
+    kind: str
+    value: float | None
+    error: float | None
+
+
+class Box(NamedTuple):
+    """Where something stands, so that labels keep clear of it."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: Box) -> bool:
+        """Whether the two overlap."""
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
+
+
+class Scale(NamedTuple):
+    """A linear map from values to lengths."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def progress_chart(marks: Sequence[Mark], references: Sequence[tuple[str, float]], score_name: str) -> str:
+    """Score against trial: points with their errors, the best so far as a step line, references as dashed lines."""
+    height, left, right, top, bottom = 340.0, 60.0, WIDTH - 150, 16.0, 340.0 - 44
+    scored = [mark for mark in marks if mark.kind != "failed"]
+    with_errors = len(scored) <= 150
+    lows = [mark.y - (mark.error or 0) * with_errors for mark in scored] + [value for _, value in references]
+    highs = [mark.y + (mark.error or 0) * with_errors for mark in scored] + [value for _, value in references]
+    y = _scale(min(lows, default=0.0), max(highs, default=1.0), bottom, top)
+    x = Scale(-0.5, max(mark.x for mark in marks) + 0.5, left, right)
+    parts = [*_grid(y, left, right), *_axis_below(x, bottom, top, "trial", whole=True)]
+    parts.append(_text(left - 48, (top + bottom) / 2, score_name, "middle", "axis", turn=-90))
+    taken: list[Box] = []
+    ends = [(name, y(value), value) for name, value in references]
+    for (name, at, value), label_at in zip(ends, _apart([at for _, at, _ in ends], 15.0), strict=True):
+        parts.append(f'<line class="reference" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(_text(right + 8, label_at + 4, f"{name} {value:.3f}", "start", "note"))
+    if with_errors:
+        parts += [
+            f'<line class="error {mark.kind}" x1="{x(mark.x):.1f}" x2="{x(mark.x):.1f}" '
+            f'y1="{y(mark.y - mark.error):.1f}" y2="{y(mark.y + mark.error):.1f}"/>'
+            for mark in scored
+            if mark.error
+        ]
+    parts.append(_best_so_far(scored, x, y, right))
+    for mark in marks:
+        at = bottom - 6 if mark.kind == "failed" else y(mark.y)
+        parts.append(_point(x(mark.x), at, mark))
+    for mark in marks:
+        if mark.is_winner:
+            parts += _labelled(x(mark.x), y(mark.y), mark.label, taken, Box(left, top, right, bottom))
+    return _svg(WIDTH, height, parts, f"{score_name} of every trial, and the best so far")
+
+
+def front_chart(panels: Sequence[tuple[str, str, bool, bool, Sequence[Mark]]]) -> str:
+    """Trials over pairs of objectives, one panel for each pair; the points of the whole front are filled.
+
+    Args:
+        panels: names of both objectives, whether more of each is better, and the trials.
+    """
+    columns = min(3, len(panels))
+    gap, rows = 26.0, math.ceil(len(panels) / columns)
+    width = (WIDTH - gap * (columns - 1)) / columns
+    each = 250.0 if columns > 2 else 320.0
+    parts: list[str] = []
+    for place, (name_x, name_y, more_x, more_y, marks) in enumerate(panels):
+        left = (place % columns) * (width + gap) + 58
+        right = (place % columns) * (width + gap) + width - 8
+        top = (place // columns) * (each + 16) + 12
+        bottom = top + each - 60
+        x = _scale(min(mark.x for mark in marks), max(mark.x for mark in marks), left, right)
+        y = _scale(min(mark.y for mark in marks), max(mark.y for mark in marks), bottom, top)
+        parts += [*_grid(y, left, right), *_axis_below(x, bottom, top, _directed(name_x, more_x), lines=True)]
+        parts.append(_text(left - 44, (top + bottom) / 2, _directed(name_y, more_y), "middle", "axis", turn=-90))
+        parts += _panel_marks(marks, x, y, Box(left, top, right, bottom))
+    return _svg(WIDTH, rows * (each + 16), parts, "trials over pairs of objectives")
+
+
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    marked: Sequence[bool] = (),
+    with_numbers: bool = True,
+    title: str,
+    axis: str = "",
+) -> str:
+    """Numbers as shades: blue above zero, orange below.
+
+    Args:
+        values: for each row, one for each column; None leaves the cell empty.
+        marked: columns that get a dot above them.
+        with_numbers: whether cells say their number; else only the tip does.
+        axis: what the columns are.
+    """
+    left = min(240.0, 22 + _CHAR * max(len(row) for row in rows))
+    cell_height = 26.0 if with_numbers else max(12.0, min(22.0, 300 / len(rows)))
+    cell = min(110.0, (WIDTH - left - 90) / len(columns))
+    turn = any(len(name) * _CHAR > cell - 6 for name in columns) and with_numbers
+    top = 20.0 + (min(120.0, 0.75 * _CHAR * max(len(name) for name in columns)) if turn else 8.0)
+    known = [abs(value) for row in values for value in row if value is not None]
+    most = max(known, default=0.0) or 1.0
+    parts: list[str] = []
+    step = max(1, math.ceil(34 / cell)) if not with_numbers else 1
+    for place, name in enumerate(columns):
+        middle = left + (place + 0.5) * cell
+        if turn:
+            parts.append(_text(middle, top - 8, name, "start", "tick", turn=-40))
+        elif place % step == 0:
+            parts.append(_text(middle, top - 8, name, "middle", "tick"))
+        if marked and marked[place]:
+            parts.append(f'<circle class="winner-dot" cx="{middle:.1f}" cy="{top - 24:.1f}" r="3.5"/>')
+    gap = 2.0 if cell > 12 else 0.5
+    for row, (name, numbers) in enumerate(zip(rows, values, strict=True)):
+        at = top + row * cell_height
+        parts.append(_text(left - 10, at + cell_height / 2 + 4, _short(name, left - 16), "end", "tick", tip=name))
+        for place, value in enumerate(numbers):
+            parts += _cell(left + place * cell, at, cell - gap, cell_height - gap, value, most, with_numbers,
+                           f"{name}, {axis} {columns[place]}".replace("  ", " "))  # fmt: skip
+    bottom = top + len(rows) * cell_height
+    if axis:
+        parts.append(_text(left + cell * len(columns) / 2, bottom + 18, axis, "middle", "axis"))
+        bottom += 16
+    parts += _legend(
+        left + cell * len(columns) + 16, top, most, any(v is not None and v < 0 for r in values for v in r)
+    )
+    return _svg(WIDTH, max(bottom + 12, top + 84), parts, title)
+
+
+def bar_panels(panels: Sequence[tuple[str, Sequence[Bar]]], note: str) -> str:
+    """One panel for each eval task, one bar for each checkpoint, errors of one standard error as whiskers."""
+    labels = [bar.label for bar in panels[0][1]]
+    left = min(190.0, 18 + _CHAR * max(len(label) for label in labels))
+    columns = min(len(panels), 3 if left > 120 else 4)
+    gap, row_height = 22.0, 22.0
+    width = (WIDTH - left - gap * (columns - 1)) / columns
+    each = 30 + row_height * len(labels) + 34
+    parts: list[str] = []
+    for place, (name, bars) in enumerate(panels):
+        start = left + (place % columns) * (width + gap)
+        top = (place // columns) * each + 30
+        most = max(((bar.value or 0) + (bar.error or 0) for bar in bars), default=1.0) or 1.0
+        x = Scale(0.0, most, start, start + width - 46)
+        parts.append(_text(start, top - 12, _short(name, width), "start", "title", tip=name))
+        for row, bar in enumerate(bars):
+            at = top + row * row_height
+            if place % columns == 0:
+                kind = "tick strong" if bar.kind == "best" else "tick"
+                parts.append(_text(left - 10, at + 14, _short(bar.label, left - 14), "end", kind, tip=bar.label))
+            parts += _bar(bar, x, at, row_height - 6, name)
+        under = top + row_height * len(bars) - 2
+        parts.append(f'<line class="base" x1="{start:.1f}" x2="{start:.1f}" y1="{top - 2:.1f}" y2="{under:.1f}"/>')
+    return _svg(WIDTH, math.ceil(len(panels) / columns) * each - 22, parts, note)
+
+
+def _bar(bar: Bar, x: Scale, top: float, height: float, task: str) -> list[str]:
+    if bar.value is None:
+        return [_text(x.start + 6, top + height - 4, "not scored", "start", "note")]
+    end = x(max(0.0, bar.value))
+    number = f"{bar.value:.3f}"
+    spread = f" ± {bar.error:.3f}" if bar.error is not None else ""
+    tip = f"<title>{escape(f'{bar.label}, {task}: {number}{spread}')}</title>"
+    parts = [
+        f'<rect class="bar {bar.kind}" x="{x.start:.1f}" y="{top:.1f}" width="{end - x.start:.1f}" '
+        f'height="{height:.1f}" rx="2">{tip}</rect>'
+    ]
+    tail = end
+    if bar.error:
+        low, tail, middle = x(bar.value - bar.error), x(bar.value + bar.error), top + height / 2
+        parts.append(
+            f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{tail:.1f}M{low:.1f} {middle - 3:.1f}v6'
+            f'M{tail:.1f} {middle - 3:.1f}v6"/>'
+        )
+    kind = "value strong" if bar.kind == "best" else "value"
+    parts.append(_text(tail + 5, top + height - 4, number, "start", kind))
+    return parts
+
+
+def _panel_marks(marks: Sequence[Mark], x: Scale, y: Scale, area: Box) -> list[str]:
+    # The front last, so that it lies on top.
+    ordered = sorted(marks, key=lambda mark: (mark.is_winner, mark.is_on_front, mark.kind == "parent"))
+    parts = [_point(x(mark.x), y(mark.y), mark) for mark in ordered]
+    taken = [Box(x(m.x) - 4, y(m.y) - 4, x(m.x) + 4, y(m.y) + 4) for m in ordered if m.label or m.is_on_front]
+    for mark in ordered:
+        if mark.label:
+            parts += _labelled(x(mark.x), y(mark.y), mark.label, taken, area)
+    return parts
+
+
+def _labelled(x: float, y: float, text: str, taken: list[Box], area: Box) -> list[str]:
+    """A label beside a point where there is room for it; none where there is not."""
+    width, half = _CHAR * len(text), _FONT / 2
+    places = [
+        (x + 8, y + 4, "start", x + 8),
+        (x - 8, y + 4, "end", x - 8 - width),
+        (x, y - 9, "middle", x - width / 2),
+        (x, y + 17, "middle", x - width / 2),
+    ]
+    for at, line, anchor, left in places:
+        box = Box(left, line - _FONT + 2, left + width, line + half - 3)
+        inside = box.left >= area.left and box.right <= area.right + 6 and box.top >= area.top - 8
+        if inside and box.bottom <= area.bottom and not any(box.meets(other) for other in taken):
+            taken.append(box)
+            return [_text(at, line, text, anchor, "label")]
+    return []
+
+
+def _best_so_far(marks: Sequence[Mark], x: Scale, y: Scale, right: float) -> str:
+    best = -math.inf
+    path = ""
+    for mark in sorted(marks, key=lambda mark: mark.x):
+        if mark.kind != "stopped" and mark.y > best:
+            best = mark.y
+            path += f"M{x(mark.x):.1f} {y(best):.1f}" if not path else f"H{x(mark.x):.1f}V{y(best):.1f}"
+    return f'<path class="best-line" d="{path}H{right:.1f}"/>' if path else ""
+
+
+def _point(x: float, y: float, mark: Mark) -> str:
+    tip = f"<title>{escape(mark.tip)}</title>"
+    kind = f"point {mark.kind}{' front' if mark.is_on_front else ''}"
+    if mark.kind == "failed":
+        shape = f'<path class="{kind}" d="M{x - 3.5:.1f} {y - 3.5:.1f}l7 7m0 -7l-7 7">{tip}</path>'
+    elif mark.kind == "uniform":
+        shape = f'<rect class="{kind}" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8">{tip}</rect>'
+    elif mark.kind == "parent":
+        shape = f'<path class="{kind}" d="M{x:.1f} {y - 5:.1f}l5 8.6h-10z">{tip}</path>'
+    else:
+        shape = f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.6">{tip}</circle>'
+    ring = f'<circle class="winner-ring" cx="{x:.1f}" cy="{y:.1f}" r="8"/>' if mark.is_winner else ""
+    return shape + ring
+
+
+def _cell(
+    left: float,
+    top: float,
+    width: float,
+    height: float,
+    value: float | None,
+    most: float,
+    with_number: bool,
+    where: str,
+) -> list[str]:
+    place = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{1.5 if width > 8 else 0}"'
+    if value is None:
+        return [f'<rect class="cell empty" {place}/>']
+    share = abs(value) / most
+    kind = "low" if value < 0 else "high"
+    tip = f"<title>{escape(where)}: {value:.4g}</title>"
+    parts = [
+        f'<rect class="cell" {place}/>',
+        f'<rect class="cell {kind}" {place} fill-opacity="{0.04 + 0.96 * share:.3f}">{tip}</rect>',
+    ]
+    if with_number and width > 30:
+        ink = "on-dark" if share > 0.55 else ""
+        parts.append(_text(left + width / 2, top + height / 2 + 4, f"{value:.2f}", "middle", f"number {ink}"))
+    return parts
+
+
+def _legend(left: float, top: float, most: float, has_negative: bool) -> list[str]:
+    """A ladder of shades with the numbers at its ends."""
+    steps = [share / 4 for share in range(4, (-5 if has_negative else -1), -1)]
+    size = 12.0 if has_negative else 16.0
+    parts = []
+    for place, share in enumerate(steps):
+        kind = "low" if share < 0 else "high"
+        parts.append(
+            f'<rect class="cell {kind}" x="{left:.1f}" y="{top + place * size:.1f}" width="12" height="{size - 1:.1f}" '
+            f'fill-opacity="{0.04 + 0.96 * abs(share):.3f}"/>'
+        )
+    low = -most if has_negative else 0.0
+    parts.append(_text(left + 17, top + 10, f"{most:.2g}", "start", "tick"))
+    parts.append(_text(left + 17, top + len(steps) * size - 3, f"{low:.2g}", "start", "tick"))
+    return parts
+
+
+def _grid(y: Scale, left: float, right: float) -> list[str]:
+    parts = []
+    for value, text in _ticks(y.low, y.high, 5):
+        at = y(value)
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(_text(left - 7, at + 4, text, "end", "tick"))
+    return parts
+
+
+def _axis_below(
+    x: Scale, bottom: float, top: float, name: str, *, whole: bool = False, lines: bool = False
+) -> list[str]:
+    parts = [f'<line class="base" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>']
+    count = 10 if whole else max(2, int((x.end - x.start) / 62))
+    for value, text in _ticks(x.low, x.high, count, whole=whole):
+        if lines:
+            parts.append(
+                f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+            )
+        parts.append(_text(x(value), bottom + 16, text, "middle", "tick"))
+    parts.append(_text((x.start + x.end) / 2, bottom + 34, name, "middle", "axis"))
+    return parts
+
+
+def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[tuple[float, str]]:
+    """Round numbers between two values, about `count` of them, with their text."""
+    raw = (high - low) / max(1, count)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    if whole:
+        step = max(1.0, math.ceil(step))
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    digits += not float(step * 10**digits).is_integer() and not whole
+    first = math.ceil(low / step - 1e-9)
+    values = [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [(value, f"{value + 0.0:.{digits}f}") for value in values]
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Scale:
+    """A scale with a margin around the values."""
+    margin = 0.07 * (high - low) or 0.05 * abs(high) or 0.5
+    return Scale(low - margin, high + margin, start, end)
+
+
+def _apart(places: Sequence[float], least: float) -> list[float]:
+    """The places, moved apart so that no two are closer than `least`; their order stays."""
+    order = sorted(range(len(places)), key=lambda place: places[place])
+    moved = list(places)
+    for before, after in pairwise(order):
+        moved[after] = max(moved[after], moved[before] + least)
+    return moved
+
+
+def _directed(name: str, more_is_better: bool) -> str:
+    return f"{name} →" if more_is_better else f"← {name}"
+
+
+def _short(text: str, width: float) -> str:
+    most = max(3, int(width / _CHAR))
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str, *, turn: float = 0, tip: str = "") -> str:
+    around = f' transform="rotate({turn:g} {x:.1f} {y:.1f})"' if turn else ""
+    title = f"<title>{escape(tip)}</title>" if tip and tip != text else ""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{around}>{title}{escape(text)}</text>'
+
+
+def _svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
+    body = "\n".join(part for part in parts if part)
+    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}">\n{body}\n</svg>'
