@@ -12,7 +12,7 @@ from remelt.treatment import Apply
 
 CHUNK_ELEMENTS = 2048
 UPPER_BINS, LOWER_BINS = 1 << 15, 1 << 16
-TABLES = 2
+TABLES = 4
 """Interleaved counters for each bin: the same bin again would otherwise wait for its own last store."""
 CANDIDATE_LIMIT = 1 << 22
 """Members of a threshold's bin that are gathered at most (8 MiB); more are counted in further rounds instead."""

@@ -56,11 +56,13 @@ def count_upper(addresses, kinds, is_wanted, count, histograms):
             for j in range(size):
                 places[j] = np.uint16(np.uint32(bits_of(values[j]) & np.uint32(0x7FFFFFFF)) >> np.uint32(16))
             table = histograms[i]
-            even = size - size % TABLES
-            for j in range(0, even, TABLES):
+            whole = size - size % TABLES
+            for j in range(0, whole, TABLES):
                 table[np.uint32(places[j]) * np.uint32(TABLES)] += np.uint32(1)
                 table[np.uint32(places[j + 1]) * np.uint32(TABLES) + np.uint32(1)] += np.uint32(1)
-            for j in range(even, size):
+                table[np.uint32(places[j + 2]) * np.uint32(TABLES) + np.uint32(2)] += np.uint32(1)
+                table[np.uint32(places[j + 3]) * np.uint32(TABLES) + np.uint32(3)] += np.uint32(1)
+            for j in range(whole, size):
                 table[np.uint32(places[j]) * np.uint32(TABLES)] += np.uint32(1)
 
 
@@ -139,6 +141,41 @@ def gather_lower(addresses, kinds, models, bins, leaf_elements, count, found, of
             leaf_counts[cut, leaf] = used[cut] - before[cut]
 
 
+@part
+def tally_members(bits, size, wanted, table):
+    """Count the lower bits of a bin's members among `size` magnitudes into `table` (LOWER_BINS,).
+
+    The difference of two 16-bit floats has few significant bits, so that most lower bits are zero: those are counted
+    with the vector units, without waiting again and again for the store to one counter.
+    """
+    first = np.uint32(np.uint32(wanted) << np.uint32(16))
+    members = np.uint32(0)
+    zeros = np.uint32(0)
+    for j in range(size):
+        members = np.uint32(members + np.uint32(np.uint32(bits[j] >> np.uint32(16)) == wanted))
+        zeros = np.uint32(zeros + np.uint32(bits[j] == first))
+    table[0] += np.uint64(zeros)
+    if members == zeros:
+        return
+    whole = size - size % GROUP
+    for group in range(0, whole, GROUP):
+        others = np.uint32(0)
+        for j in range(group, group + GROUP):
+            is_member = np.uint32(np.uint32(bits[j] >> np.uint32(16)) == wanted)
+            others = np.uint32(others | np.uint32(is_member & np.uint32(bits[j] != first)))
+        if others != np.uint32(0):
+            tally_others(bits, group, group + GROUP, wanted, first, table)
+    tally_others(bits, whole, size, wanted, first, table)
+
+
+@part
+def tally_others(bits, start, stop, wanted, first, table):
+    """Count lower bits that are not zero of the bin's members in [start, stop)."""
+    for j in range(start, stop):
+        if np.uint32(bits[j] >> np.uint32(16)) == wanted and bits[j] != first:
+            table[np.uint32(bits[j] & np.uint32(0xFFFF))] += np.uint64(1)
+
+
 @compiled
 def count_lower(addresses, kinds, models, bins, count, histograms):
     """Add a block to `histograms` (cuts, LOWER_BINS) of the lower 16 bits of each cut's bin."""
@@ -152,10 +189,7 @@ def count_lower(addresses, kinds, models, bins, count, histograms):
             i = models[cut] + 1
             if cut == 0 or models[cut] != models[cut - 1]:
                 magnitude_bits(addresses[i], kinds[i], base, start, size, values, bits)
-            table = histograms[cut]
-            for j in range(size):
-                if np.uint32(bits[j] >> np.uint32(16)) == bins[cut]:
-                    table[np.uint32(bits[j] & np.uint32(0xFFFF))] += np.uint32(1)
+            tally_members(bits, size, bins[cut], histograms[cut])
 
 
 @compiled
