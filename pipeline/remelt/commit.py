@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -67,7 +67,7 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
         raise OutputError(
             f"{path}: cannot be read as a manifest ({error}); remove it if the output is not needed"
         ) from error
-    keys = {"schema", "run_id", "candidate_id", "coefficient_set", "digest", "files", "tensors", "recipe"}
+    keys = {"schema", "run_id", "candidate_id", "digest", "files", "tensors", "recipe"}
     if not isinstance(manifest, dict) or not keys <= manifest.keys():
         raise OutputError(f"{path}: is no manifest of ours, some of its keys are missing; choose another --output")
     if manifest["schema"] != MANIFEST_SCHEMA:
@@ -79,9 +79,12 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
 
 
 def find_finished(plan: MergePlan, output: Path, set_number: int = 0) -> MergedCheckpoint | None:
-    """The finished output of this very run, or None; the manifest and file sizes are all that is looked at."""
+    """The finished output of one coefficient set, or None; the manifest and file sizes are all that is looked at.
+
+    It does not matter whether the set was merged alone or in what company.
+    """
     manifest = read_manifest(output)
-    if manifest is None or manifest["run_id"] != plan.run_id or manifest["coefficient_set"] != set_number:
+    if manifest is None or manifest["run_id"] != plan.run_ids[set_number]:
         return None
     for file in manifest["files"]:
         path = output / file["name"]
@@ -106,7 +109,9 @@ def check_outputs(plan: MergePlan, outputs: Sequence[Path], *, force: bool = Fal
         BudgetError: not enough disk space.
     """
     needed: dict[int, tuple[Path, int]] = {}
-    for output in outputs:
+    for number, output in enumerate(outputs):
+        if output.resolve() in {other.resolve() for other in outputs[:number]}:
+            raise OutputError(f"{output} is asked for twice: each coefficient set needs an output of its own")
         home = next(path for path in (output, *output.absolute().parents) if path.exists())
         if not home.is_dir():
             raise OutputError(f"--output {output}: {home} is a file, not a directory; choose another")
@@ -116,7 +121,7 @@ def check_outputs(plan: MergePlan, outputs: Sequence[Path], *, force: bool = Fal
             # With --force our own files there would be removed, and then missed as input.
             if output.resolve() == Path(model.root).resolve():
                 raise OutputError(f"--output {output}: is the checkpoint {model.source} that is merged; choose another")
-        _check_ownership(plan, output, force=force)
+        _check_ownership(plan, output, number, force=force)
         device = home.stat().st_dev
         _, before = needed.get(device, (home, 0))
         needed[device] = (home, before + _missing_bytes(plan, output))
@@ -143,7 +148,8 @@ def _missing_bytes(plan: MergePlan, output: Path) -> int:
     return max(0, sum(unit.write_bytes for unit in plan.units) - present) + DISK_SLACK_BYTES
 
 
-def _check_ownership(plan: MergePlan, output: Path, *, force: bool) -> None:
+def _check_ownership(plan: MergePlan, output: Path, set_number: int, *, force: bool) -> None:
+    run_id = plan.run_ids[set_number]
     manifest = read_manifest(output)
     begun = _read_begun(output)
     if manifest is None and begun is None and output.is_dir():
@@ -154,14 +160,14 @@ def _check_ownership(plan: MergePlan, output: Path, *, force: bool) -> None:
             )
     if force:
         return
-    if manifest is not None and manifest["run_id"] != plan.run_id:
+    if manifest is not None and manifest["run_id"] != run_id:
         raise OutputError(
             f"{output} holds the finished output of another recipe or other inputs (run "
-            f"{manifest['run_id'][:12]}, this is {plan.run_id[:12]}); choose another --output, "
+            f"{manifest['run_id'][:12]}, this is {run_id[:12]}); choose another --output, "
             "or replace it with --force"
         )
-    if begun is not None and begun["run_id"] != plan.run_id:
-        if begun.get("recipes") == list(plan.recipes) and begun["numerics"] != plan.settings.numerics:
+    if begun is not None and begun["run_id"] != run_id:
+        if begun.get("recipe") == plan.recipes[set_number] and begun["numerics"] != plan.settings.numerics:
             raise NumericsError(
                 f"{output} holds an unfinished run with numerics {begun['numerics']}, this one computes with "
                 f"{plan.settings.numerics}: their bytes may differ. Resume where it was begun, or start over with "
@@ -169,7 +175,7 @@ def _check_ownership(plan: MergePlan, output: Path, *, force: bool) -> None:
             )
         raise OutputError(
             f"{output} holds an unfinished run of another recipe or other inputs (run {begun['run_id'][:12]}, this is "
-            f"{plan.run_id[:12]}); choose another --output, or replace it with --force"
+            f"{run_id[:12]}); choose another --output, or replace it with --force"
         )
 
 
@@ -186,6 +192,7 @@ class OutputRun:
 
     def __init__(self, plan: MergePlan, output: Path, layout: CheckpointIndex, set_number: int = 0) -> None:
         self._plan, self._output, self._set = plan, output, set_number
+        self._run_id = plan.run_ids[set_number]
         self._layout = layout
         self.work_dir = output / WORK_DIR
         self._lock = -1
@@ -199,7 +206,7 @@ class OutputRun:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if force:
-                remove_ours(self._output, keep_run=self._plan.run_id)
+                remove_ours(self._output, keep_run=self._run_id)
             for name in (SHARDS, RECEIPTS):
                 (self.work_dir / name).mkdir(exist_ok=True)
             for folder in (self._output, self.work_dir / SHARDS, self.work_dir / RECEIPTS):
@@ -211,9 +218,9 @@ class OutputRun:
             self.work_dir / "run.json",
             json.dumps(
                 {
-                    "run_id": self._plan.run_id,
+                    "run_id": self._run_id,
                     "numerics": self._plan.settings.numerics,
-                    "recipes": list(self._plan.recipes),
+                    "recipe": self._plan.recipes[self._set],
                     "num_units": len(self._plan.units),
                     "companions": self._companion_names(),
                 }
@@ -223,7 +230,7 @@ class OutputRun:
         for unit in self._plan.units:
             receipt = find_receipt(self.work_dir, self._output, unit, self._set)
             if receipt is not None:
-                receipts[unit.unit_id] = receipt.without_parents()
+                receipts[receipt.unit_id] = receipt.without_parents()
         return receipts
 
     def _take_lock(self) -> None:
@@ -248,11 +255,10 @@ class OutputRun:
     def publish(self, receipts: Sequence[UnitReceipt], parents: Parents, seconds: float) -> MergedCheckpoint:
         """Move shards into place, then write companions, index and manifest, in that order.
 
-        `receipts` are in plan order. The work directory stays until `clear`, so that several outputs of one plan can be
-        published before any of them forgets what was done.
+        `receipts` are the coefficient set's, in plan order. The work directory stays until `clear`.
         """
         plan, output = self._plan, self._output
-        records = [receipt.outputs[self._set] for receipt in receipts]
+        records = [receipt.outputs[0] for receipt in receipts]
         is_single = len(records) == 1 and records[0].file == SINGLE_FILE
         if not is_single:
             self._move_shards(records)
@@ -282,7 +288,10 @@ class OutputRun:
         from remelt.recipe_yaml import parse_recipe
 
         recipe = parse_recipe(self._plan.recipes[self._set])
-        files = [(RECIPE_FILE, recipe.to_yaml().encode()), (CARD_FILE, model_card(self._plan, recipe).encode())]
+        files = [
+            (RECIPE_FILE, recipe.to_yaml().encode()),
+            (CARD_FILE, model_card(self._plan, recipe, self._run_id).encode()),
+        ]
         if self._layout.config:
             dtypes = {tensor.dtype for record in records for tensor in record.tensors}
             is_scaled = any(dtype.startswith("F8") for dtype in dtypes)
@@ -332,13 +341,13 @@ class Parents:
     Lines are kept as bytes, not as objects: a plan over sixteen parents of 92,000 tensors has 1.5 million of them.
     """
 
-    def __init__(self, plan: MergePlan, work_dir: Path) -> None:
-        """Gather from the receipt files, one at a time."""
+    def __init__(self, plan: MergePlan, work_dir: Path, set_number: int = 0) -> None:
+        """Gather from the receipt files of a coefficient set, one at a time; all sets read the same."""
         self._sources = plan.settings.models
         self._lines = [bytearray() for _ in self._sources]
         self._nonfinite: list[dict[str, int]] = [{} for _ in self._sources]
         for unit in plan.units:
-            receipt = UnitReceipt.from_json(receipt_path(work_dir, unit.unit_id).read_text())
+            receipt = UnitReceipt.from_json(receipt_path(work_dir, unit.set_ids[set_number]).read_text())
             if not plan.settings.allow_nonfinite:
                 # A receipt of an earlier run may have been made when it was allowed.
                 refuse_nonfinite(receipt.parents, plan.settings)
@@ -383,9 +392,8 @@ def _manifest(
     return {
         "schema": MANIFEST_SCHEMA,
         "remelt_version": __version__,
-        "run_id": plan.run_id,
+        "run_id": plan.run_ids[set_number],
         "candidate_id": plan.candidate_ids[set_number],
-        "coefficient_set": set_number,
         "numerics": plan.settings.numerics,
         "recipe": plan.recipes[set_number],
         "digest": checkpoint_digest({name: (t.dtype, t.shape, t.digest) for name, t in tensors.items()}),
@@ -418,6 +426,15 @@ def _merged(output: Path, manifest: dict[str, Any], *, is_reused: bool) -> Merge
     )
 
 
-def units_to_do(plan: MergePlan, done: Sequence[dict[str, UnitReceipt]]) -> list[Unit]:
-    """Units that lack a receipt in any of the outputs, in plan order."""
-    return [unit for unit in plan.units if not all(unit.unit_id in receipts for receipts in done)]
+def units_to_do(plan: MergePlan, done: Mapping[int, Mapping[str, UnitReceipt]]) -> dict[tuple[int, ...], list[Unit]]:
+    """Units that lack receipts, by the coefficient sets that lack them, in plan order.
+
+    `done` has the receipts of each set that is not finished. Sets that are resumed together have mostly the same units
+    left; those that were begun apart are merged apart until they are level.
+    """
+    todo: dict[tuple[int, ...], list[Unit]] = {}
+    for unit in plan.units:
+        missing = tuple(number for number, receipts in done.items() if unit.set_ids[number] not in receipts)
+        if missing:
+            todo.setdefault(missing, []).append(unit)
+    return todo

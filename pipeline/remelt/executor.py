@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from remelt.errors import ExecutionError
 from remelt.memory import default_memory_bytes
@@ -23,6 +23,9 @@ from remelt.survey import SurveyRequest, UnitCounts, measure_unit
 from remelt.unit_runner import OnBytes, UnitRun, open_readers
 
 OnReceipt = Callable[[UnitReceipt], None]
+Settings = TypeVar("Settings")
+Piece = TypeVar("Piece")
+Found = TypeVar("Found")
 
 
 class Executor(Protocol):
@@ -48,6 +51,20 @@ class Executor(Protocol):
 
     def measure(self, plan: MergePlan, request: SurveyRequest, on_bytes: OnBytes) -> Iterator[UnitCounts]:
         """One pass of a survey over the plan's units, in any order."""
+        ...
+
+    def gather(
+        self,
+        function: Callable[[Settings, Piece], Found],
+        settings: Settings,
+        units: Sequence[Piece],
+        projected_bytes: int,
+    ) -> Iterator[Found]:
+        """`function(settings, unit)` of each unit, in any order: a pass that only reads.
+
+        `function` is of a module's top level; each unit has a `file` that errors call it by; `projected_bytes` is what
+        one process holds.
+        """
         ...
 
 
@@ -103,6 +120,16 @@ class LocalExecutor:
                 on_bytes(found.read_bytes)
                 yield found
 
+    def gather(
+        self,
+        function: Callable[[Settings, Piece], Found],
+        settings: Settings,
+        units: Sequence[Piece],
+        projected_bytes: int,
+    ) -> Iterator[Found]:
+        for unit in units:
+            yield function(settings, unit)
+
 
 def _check_cuda() -> None:
     import torch
@@ -120,8 +147,8 @@ def shard_sinks(unit: Unit, work_dirs: Sequence[Path]) -> list[ShardSink]:
 
 
 def finish_unit(run: UnitRun, work_dirs: Sequence[Path]) -> UnitReceipt:
-    """Make a worked unit durable: shards first, then the receipt in each work directory."""
+    """Make a worked unit durable: shards first, then in each work directory the receipt of its coefficient set."""
     receipt = run.finish()
-    for directory in work_dirs:
-        write_receipt(directory, receipt)
+    for directory, own in zip(work_dirs, receipt.split(run.unit.set_ids), strict=True):
+        write_receipt(directory, own)
     return receipt.without_parents()

@@ -1,24 +1,30 @@
-"""Merge from end to end: open, plan, run what is left to do, commit."""
+"""Merge from end to end: open, plan, run what is left to do, commit.
+
+Several bound recipes that differ in numbers alone, a generation of candidates, are merged in one pass: each block of
+the parents is read once and makes a block of every output. An output is the same, to its manifest, whether it was made
+alone or in company; so one merged in a generation is found finished by a merge of its recipe, and the other way round.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from remelt.checkpoint import CheckpointIndex
 from remelt.commit import MergedCheckpoint, OutputRun, Parents, check_outputs, find_finished, units_to_do
-from remelt.errors import RecipeError
+from remelt.errors import OutputError, RecipeError
 from remelt.executor import Executor, LocalExecutor
 from remelt.fingerprints import check_unchanged
 from remelt.formats import open_checkpoint
-from remelt.plan import GlobalBands, MergePlan, UnitReceipt
+from remelt.plan import GlobalBands, MergePlan, Unit, UnitReceipt
 from remelt.planner import build_plan
 from remelt.receipts import write_file_durably
 from remelt.recipe import Recipe
-from remelt.survey import NUM_ROUNDS, SurveyResult, bands_from_json, bands_to_json, survey_bytes
+from remelt.survey import bands_from_json, bands_to_json, survey_bytes, take_survey
 
 SURVEY_FILE = "survey.json"
 
@@ -75,11 +81,44 @@ def merge_recipe(
         RecipeError, CheckpointError, MismatchError, BudgetError, OutputError: before any tensor data is read.
         NonFiniteError, OperatorError, ExecutionError: from the merge; receipts written so far stay for a resume.
     """
-    executor = executor or LocalExecutor(threads=threads, memory_bytes=memory_bytes)
-    indexes = open_checkpoints(recipe)
-    plan = build_plan(recipe, indexes, executor.budget())
-    (merged,) = run_plan(plan, indexes, [output], executor, progress=progress, force=force)
+    (merged,) = merge_recipes(
+        [recipe],
+        [output],
+        executor=executor,
+        memory_bytes=memory_bytes,
+        threads=threads,
+        progress=progress,
+        force=force,
+    )
     return merged
+
+
+def merge_recipes(
+    recipes: Sequence[Recipe],
+    outputs: Sequence[Path],
+    *,
+    executor: Executor | None = None,
+    memory_bytes: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> list[MergedCheckpoint]:
+    """Merge bound recipes that differ in their parameters alone, each into its output, in one pass over the parents.
+
+    Bytes, digests and manifests are those of merging each alone. What an earlier run left is resumed, whether it merged
+    them together or not; where some are further than others, those are brought level first, by a pass of their own.
+
+    Raises:
+        RecipeError, CheckpointError, MismatchError, BudgetError, OutputError: before any tensor data is read.
+        NonFiniteError, OperatorError, ExecutionError: from the merge; receipts written so far stay for a resume, and
+            none of the outputs is published.
+    """
+    if len(recipes) != len(outputs) or not recipes:
+        raise OutputError(f"{len(recipes)} recipes and {len(outputs)} outputs: each recipe needs one of its own")
+    executor = executor or LocalExecutor(threads=threads, memory_bytes=memory_bytes)
+    indexes = open_checkpoints(recipes[0])
+    plan = build_plan(recipes, indexes, executor.budget())
+    return run_plan(plan, indexes, outputs, executor, progress=progress, force=force)
 
 
 def find_bands(plan: MergePlan, work_dir: Path) -> GlobalBands | None:
@@ -92,12 +131,7 @@ def find_bands(plan: MergePlan, work_dir: Path) -> GlobalBands | None:
 
 def _take_survey(plan: MergePlan, executor: Executor, work_dir: Path, progress: Progress) -> GlobalBands:
     assert plan.survey is not None
-    result = SurveyResult(plan.survey)
-    for round_ in range(NUM_ROUNDS if plan.survey.cuts else 0):
-        for found in executor.measure(plan, result.request(round_), progress.advance):
-            result.take(found)
-        result.finish_round(round_)
-    bands = result.bands()
+    bands = take_survey(plan.survey, lambda request: executor.measure(plan, request, progress.advance))
     write_file_durably(work_dir / SURVEY_FILE, bands_to_json(plan.survey.identity, bands).encode())
     return bands
 
@@ -113,47 +147,85 @@ def run_plan(
 ) -> list[MergedCheckpoint]:
     """Run a plan into one output directory for each coefficient set, and publish them."""
     progress = progress or _Silent()
-    finished = [None if force else find_finished(plan, output, number) for number, output in enumerate(outputs)]
-    if all(finished):
-        return [merged for merged in finished if merged is not None]
+    merged = {} if force else _finished(plan, outputs, range(len(outputs)))
+    if len(merged) == len(outputs):
+        return [merged[number] for number in range(len(outputs))]
     if plan.warnings:
         raise RecipeError("this plan cannot be merged: " + "; ".join(plan.warnings))
     check_outputs(plan, outputs, force=force)
     started = time.perf_counter()
-    layout = indexes[plan.layout_model]
-    runs = [OutputRun(plan, output, layout, number) for number, output in enumerate(outputs)]
-    try:
-        done = [run.begin(force=force) for run in runs]
-        finished = [find_finished(plan, output, number) for number, output in enumerate(outputs)]
-        if all(finished):
-            # Another process finished it between the first look and the lock.
-            for run in runs:
+    with ExitStack() as stack:
+        runs = {}
+        for number, output in enumerate(outputs):
+            if number not in merged:
+                runs[number] = OutputRun(plan, output, indexes[plan.layout_model], number)
+                stack.callback(runs[number].release)
+        receipts = {number: run.begin(force=force) for number, run in runs.items()}
+        # Another process may have finished some between the first look and the lock.
+        for number, found in _finished(plan, outputs, list(runs)).items():
+            merged[number] = found
+            runs.pop(number).clear()
+            del receipts[number]
+        if runs:
+            _run_units(plan, runs, receipts, executor, progress)
+            for index in indexes:
+                check_unchanged(index)
+            first = next(iter(runs))
+            parents = Parents(plan, runs[first].work_dir, first)
+            for number, run in runs.items():
+                ordered = [receipts[number][unit.set_ids[number]] for unit in plan.units]
+                merged[number] = run.publish(ordered, parents, time.perf_counter() - started)
                 run.clear()
-            return [merged for merged in finished if merged is not None]
-        todo = units_to_do(plan, done)
-        total = sum(unit.read_bytes + unit.write_bytes * plan.settings.num_sets for unit in todo)
-        bands = find_bands(plan, runs[0].work_dir)
-        is_surveyed = plan.survey is None or bands is not None or not todo
-        total += 0 if is_surveyed else survey_bytes(plan)
-        progress.start(plan, total, len(plan.units) - len(todo))
-        if not is_surveyed:
-            bands = _take_survey(plan, executor, runs[0].work_dir, progress)
-        plan = replace(plan, settings=replace(plan.settings, bands=bands))
-        receipts = {unit_id: receipt for each in done for unit_id, receipt in each.items()}
+    return [merged[number] for number in range(len(outputs))]
 
-        def keep(receipt: UnitReceipt) -> None:
-            receipts[receipt.unit_id] = receipt
-            progress.finish_unit(receipt)
 
-        executor.run(plan, todo, [run.work_dir for run in runs], progress.advance, keep)
-        for index in indexes:
-            check_unchanged(index)
-        ordered = [receipts[unit.unit_id] for unit in plan.units]
-        parents = Parents(plan, runs[0].work_dir)
-        published = [run.publish(ordered, parents, time.perf_counter() - started) for run in runs]
-        for run in runs:
-            run.clear()
-        return published
-    finally:
-        for run in runs:
-            run.release()
+def _finished(plan: MergePlan, outputs: Sequence[Path], numbers: Sequence[int]) -> dict[int, MergedCheckpoint]:
+    """Those of the outputs that are finished."""
+    found = {number: find_finished(plan, outputs[number], number) for number in numbers}
+    return {number: merged for number, merged in found.items() if merged is not None}
+
+
+def _run_units(
+    plan: MergePlan,
+    runs: Mapping[int, OutputRun],
+    receipts: Mapping[int, dict[str, UnitReceipt]],
+    executor: Executor,
+    progress: Progress,
+) -> None:
+    """Work what the receipts lack, and add to them."""
+    todo = units_to_do(plan, receipts)
+    total = sum(unit.read_bytes + unit.write_bytes * len(numbers) for numbers, units in todo.items() for unit in units)
+    work_dir = next(iter(runs.values())).work_dir
+    bands = find_bands(plan, work_dir)
+    is_surveyed = plan.survey is None or bands is not None or not todo
+    progress.start(
+        plan,
+        total + (0 if is_surveyed else survey_bytes(plan)),
+        len(plan.units) - sum(len(units) for units in todo.values()),
+    )
+    if not is_surveyed:
+        bands = _take_survey(plan, executor, work_dir, progress)
+    plan = replace(plan, settings=replace(plan.settings, bands=bands))
+    for numbers, units in todo.items():
+        _run_sets(plan.of_sets(numbers), numbers, units, runs, receipts, executor, progress)
+
+
+def _run_sets(
+    plan: MergePlan,
+    numbers: Sequence[int],
+    units: Sequence[Unit],
+    runs: Mapping[int, OutputRun],
+    receipts: Mapping[int, dict[str, UnitReceipt]],
+    executor: Executor,
+    progress: Progress,
+) -> None:
+    """Work units for the coefficient sets `numbers`, which are all that `plan` has."""
+    own_units = {plan.units[unit.index].unit_id: plan.units[unit.index] for unit in units}
+
+    def keep(receipt: UnitReceipt) -> None:
+        for number, own in zip(numbers, receipt.split(own_units[receipt.unit_id].set_ids), strict=True):
+            receipts[number][own.unit_id] = own
+        progress.finish_unit(receipt)
+
+    work_dirs = [runs[number].work_dir for number in numbers]
+    executor.run(plan, list(own_units.values()), work_dirs, progress.advance, keep)

@@ -11,7 +11,7 @@ from remelt.recipe import Recipe
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
-def model_card(plan: MergePlan, recipe: Recipe) -> str:
+def model_card(plan: MergePlan, recipe: Recipe, run_id: str) -> str:
     """README.md in the Hub's form: front matter with the parents that have Hub ids, then the recipe."""
     hub_ids = [c.source.split("@")[0] for c in recipe.checkpoints if _HUB_ID.match(c.source)]
     front = ["---", "library_name: transformers", "tags:", "- merge", "- remelt"]
@@ -29,7 +29,7 @@ def model_card(plan: MergePlan, recipe: Recipe) -> str:
             "",
             f"# {recipe.name or 'A merge'}",
             "",
-            f"Merged with remelt {__version__} by `{recipe.merge_method}`. Run `{plan.run_id[:16]}`, numerics "
+            f"Merged with remelt {__version__} by `{recipe.merge_method}`. Run `{run_id[:16]}`, numerics "
             f"`{plan.settings.numerics}`; digests of every tensor and file are in `remelt_manifest.json`, and "
             "`remelt verify` checks them.",
             "",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -61,6 +61,9 @@ class Unit:
     """One piece of planned work: one output shard of each coefficient set."""
 
     unit_id: str
+    set_ids: tuple[str, ...]
+    """The unit id that each coefficient set has when it is merged alone, so that an output never shows in which company
+    it was made; with one set, `unit_id`."""
     index: int
     file: str
     """The shard's file name."""
@@ -70,6 +73,15 @@ class Unit:
     """Bytes read, repeated passes included."""
     write_bytes: int
     """Bytes written for one coefficient set, without the header."""
+
+    def of_sets(self, numbers: Sequence[int]) -> Unit:
+        """The same unit for some of the coefficient sets."""
+        tensors = (
+            tensor._replace(treatments=tuple(tensor.treatments[number] for number in numbers))
+            for tensor in self.tensors
+        )
+        set_ids = tuple(self.set_ids[number] for number in numbers)
+        return replace(self, unit_id=joint_id(set_ids), set_ids=set_ids, tensors=tuple(tensors))
 
 
 class ModelFiles(NamedTuple):
@@ -126,6 +138,15 @@ class GlobalBands(NamedTuple):
         by_place = {cut.place: row[number] for number, cut in enumerate(self.cuts) if cut.set_number == set_number}
         return tuple(by_place.get(place) for place in models)
 
+    def of_sets(self, numbers: Sequence[int]) -> GlobalBands:
+        """The bands of some of the coefficient sets, which are numbered anew."""
+        kept = [place for place, cut in enumerate(self.cuts) if cut.set_number in numbers]
+        cuts = (self.cuts[place] for place in kept)
+        return GlobalBands(
+            tuple(cut._replace(set_number=numbers.index(cut.set_number)) for cut in cuts),
+            {name: tuple(row[place] for place in kept) for name, row in self.bands.items()},
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
@@ -151,6 +172,8 @@ class MergePlan:
 
     run_id: str
     """sha256 of the unit ids."""
+    run_ids: tuple[str, ...]
+    """One for each coefficient set: the run id that it has when it is merged alone."""
     candidate_ids: tuple[str, ...]
     """One for each coefficient set: what it computes, without the layout."""
     recipes: tuple[Mapping[str, Any], ...]
@@ -178,6 +201,23 @@ class MergePlan:
     @property
     def write_bytes(self) -> int:
         return sum(unit.write_bytes for unit in self.units) * self.settings.num_sets
+
+    def of_sets(self, numbers: Sequence[int]) -> MergePlan:
+        """What is left of the plan for some of its coefficient sets, once its survey is taken; numbered anew."""
+        if list(numbers) == list(range(self.settings.num_sets)):
+            return self
+        bands = None if self.settings.bands is None else self.settings.bands.of_sets(numbers)
+        run_ids = tuple(self.run_ids[number] for number in numbers)
+        return replace(
+            self,
+            run_id=joint_id(run_ids),
+            run_ids=run_ids,
+            candidate_ids=tuple(self.candidate_ids[number] for number in numbers),
+            recipes=tuple(self.recipes[number] for number in numbers),
+            settings=replace(self.settings, num_sets=len(numbers), bands=bands),
+            survey=None,
+            units=tuple(unit.of_sets(numbers) for unit in self.units),
+        )
 
 
 class TensorRecord(NamedTuple):
@@ -213,6 +253,13 @@ class UnitReceipt:
     seconds: float
     peak_memory_bytes: int
     numerics: str
+
+    def split(self, set_ids: Sequence[str]) -> tuple[UnitReceipt, ...]:
+        """A receipt for each coefficient set, as if it had been merged alone; the bytes read are those of the pass."""
+        return tuple(
+            replace(self, unit_id=set_id, outputs=(output,), write_bytes=self.write_bytes // len(self.outputs))
+            for set_id, output in zip(set_ids, self.outputs, strict=True)
+        )
 
     def without_parents(self) -> UnitReceipt:
         """The receipt as it is kept in memory: records of parents stay in its file, there are K for each output."""
@@ -263,6 +310,11 @@ def canonical_json(value: Any) -> bytes:
 
 def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def joint_id(ids: Sequence[str]) -> str:
+    """The id of what has these ids by its coefficient sets; a single one is its own."""
+    return ids[0] if len(ids) == 1 else sha256_hex(canonical_json(list(ids)))
 
 
 def exact(value: Any) -> Any:

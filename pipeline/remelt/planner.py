@@ -27,6 +27,7 @@ from remelt.plan import (
     Unit,
     canonical_json,
     exact,
+    joint_id,
     model_files,
     models_read,
     sha256_hex,
@@ -105,11 +106,11 @@ def build_plan(
     numerics = numerics_tag(budget.device)
     streams = [checkpoint.stream for checkpoint in first.checkpoints]
     fingerprints = [[file.fingerprint for file in index.files] for index in indexes]
-    survey = find_survey(((draft.name, draft.shape, draft.treatments) for draft in drafts), fingerprints)
+    survey, set_surveys = _find_surveys(drafts, len(recipes), fingerprints)
     if survey is not None and budget.device != "cpu":
         raise RecipeError("`topk: global` is counted on the CPU so far; use --device cpu or `topk: tensor`")
     units = tuple(
-        _make_unit(number, file, group, fingerprints, numerics, first.seed, streams, sizes, survey)
+        _make_unit(number, file, group, fingerprints, numerics, first.seed, streams, sizes, set_surveys)
         for number, (file, group) in enumerate(zip(shard_names(len(groups)), groups, strict=True))
     )
     settings = RunSettings(
@@ -124,8 +125,12 @@ def build_plan(
         allow_nonfinite=first.allow_nonfinite,
         num_sets=len(recipes),
     )
+    run_ids = tuple(
+        sha256_hex(canonical_json([unit.set_ids[number] for unit in units])) for number in range(len(recipes))
+    )
     return MergePlan(
-        run_id=sha256_hex(canonical_json([unit.unit_id for unit in units])),
+        run_id=joint_id(run_ids),
+        run_ids=run_ids,
         candidate_ids=tuple(
             _candidate_id(drafts, number, fingerprints, numerics, first.seed, streams) for number in range(len(recipes))
         ),
@@ -283,37 +288,56 @@ def _make_unit(
     seed: int,
     streams: Sequence[int],
     sizes: Sizes,
-    survey: Survey | None,
+    set_surveys: Sequence[Survey | None],
 ) -> Unit:
-    table: dict[Treatment, int] = {}
-    tensors = [
-        [
-            tensor.name,
-            tensor.stored.dtype,
-            tensor.shape,
-            [table.setdefault(treatment, len(table)) for treatment in tensor.treatments],
+    sources = _sources_identity(group, fingerprints)
+    set_ids = []
+    for set_number, survey in enumerate(set_surveys):
+        table: dict[Treatment, int] = {}
+        tensors = [
+            [
+                tensor.name,
+                tensor.stored.dtype,
+                tensor.shape,
+                [table.setdefault(tensor.treatments[set_number], len(table))],
+            ]
+            for tensor in group
         ]
-        for tensor in group
-    ]
-    identity = {
-        "file": file,
-        "tensors": tensors,
-        "treatments": [treatment_identity(treatment) for treatment in table],
-        "sources": _sources_identity(group, fingerprints),
-        "numerics": numerics,
-        "randomness": _randomness(table, seed, streams),
-    }
-    if survey is not None and any(is_global(treatment) for treatment in table):
-        # A threshold over the whole model depends on tensors of other units, too.
-        identity["survey"] = survey.identity
+        identity = {
+            "file": file,
+            "tensors": tensors,
+            "treatments": [treatment_identity(treatment) for treatment in table],
+            "sources": sources,
+            "numerics": numerics,
+            "randomness": _randomness(table, seed, streams),
+        }
+        if survey is not None and any(is_global(treatment) for treatment in table):
+            # A threshold over the whole model depends on tensors of other units, too.
+            identity["survey"] = survey.identity
+        set_ids.append(sha256_hex(canonical_json(identity)))
     return Unit(
-        sha256_hex(canonical_json(identity)),
+        joint_id(set_ids),
+        tuple(set_ids),
         number,
         file,
         tuple(group),
         sum(tensor.read_bytes * _passes(tensor, sizes, numerics.partition("-")[0]) for tensor in group),
         sum(tensor.write_bytes for tensor in group),
     )
+
+
+def _find_surveys(
+    drafts: Sequence[_Draft], num_sets: int, fingerprints: Sequence[Sequence[str]]
+) -> tuple[Survey | None, list[Survey | None]]:
+    """The survey of all coefficient sets together, and the one that each would need alone."""
+    together = find_survey(((draft.name, draft.shape, draft.treatments) for draft in drafts), fingerprints)
+    if together is None or num_sets == 1:
+        return together, [together] * num_sets
+    alone = [
+        find_survey(((draft.name, draft.shape, (draft.treatments[number],)) for draft in drafts), fingerprints)
+        for number in range(num_sets)
+    ]
+    return together, alone
 
 
 def treatment_identity(treatment: Treatment) -> list[object]:

@@ -5,8 +5,10 @@ It is in the hot path of every merge: a read is a dictionary lookup and a `pread
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -25,6 +27,8 @@ Buffer: TypeAlias = "memoryview | bytearray | NDArray[Any]"
 
 MAX_OPEN_FILES = 32
 """For one reader. Merges read files in sequence, so few are in use at once; twelve parents stay far below 1,024."""
+_MADV_POPULATE_READ = 22
+"""Linux: fill the page table at once, from the page cache or the disk, instead of by one fault for every few pages."""
 
 
 class _OpenFile:
@@ -141,6 +145,10 @@ class RangeReader:
             )
         return opened
 
+    def view(self, info: TensorInfo, start: int, size: int) -> NDArray[np.uint8] | None:
+        """Bytes [start, start + size) of a raw tensor where they are in memory already, else None: read them then."""
+        return None
+
     def prefetch(self, info: TensorInfo, start: int, length: int) -> None:
         """Ask the system to begin reading bytes [start, start + length) of a raw tensor; a hint, never an error."""
         if not hasattr(os, "posix_fadvise") or not length:
@@ -175,3 +183,50 @@ class RangeReader:
         data = np.empty((stop - start) * row_bytes, np.uint8)
         self.read_piece_into(piece, start * row_bytes, data)
         return as_stored(data, piece.dtype).reshape(stop - start, row_length)
+
+
+class MappedReader(RangeReader):
+    """Also has whole files in its address space, so that what is in the page cache needs no copy.
+
+    For those who read the same files again and again. What is mapped is the system's to drop and read again, but counts
+    as this process's memory: map what an allowance covers. A file that is cut short while it is mapped ends the process
+    (SIGBUS); one that is replaced, as writers with any care do, stays as it was opened.
+    """
+
+    def __init__(self, index: CheckpointIndex, *, max_open_files: int = MAX_OPEN_FILES) -> None:
+        super().__init__(index, max_open_files=max_open_files)
+        self._mapped: dict[int, NDArray[np.uint8]] = {}
+        self._map_lock = threading.Lock()
+
+    def close(self) -> None:
+        super().close()
+        # Views that are still held keep their mapping alive.
+        self._mapped.clear()
+
+    def view(self, info: TensorInfo, start: int, size: int) -> NDArray[np.uint8] | None:
+        """Raises as `read_into`; None for bytes that kernels could not take as they lie."""
+        if info.codec != RAW or len(info.pieces) != 1:
+            raise ValueError(f"codec {info.codec} with {len(info.pieces)} pieces has no bytes to look at")
+        (piece,) = info.pieces
+        if not 0 <= start <= start + size <= piece.nbytes:
+            raise ValueError(f"bytes {start} to {start + size} of a piece of {piece.nbytes}")
+        offset = piece.offset + start
+        if offset * 8 % DTYPES[piece.dtype].item_bits:
+            return None
+        mapped = self._mapped.get(piece.file)
+        if mapped is None:
+            mapped = self._map(piece.file)
+        if offset + size > len(mapped):
+            raise self._failed(piece, offset, size, f"the file has {len(mapped):,}")
+        return mapped[offset : offset + size]
+
+    def _map(self, file: int) -> NDArray[np.uint8]:
+        with self._map_lock:
+            if file not in self._mapped:
+                opened = self._files.get(file) or self._open(file)
+                # Private and writable only in name: torch wants no views that it could not write.
+                mapping = mmap.mmap(opened.descriptor, 0, access=mmap.ACCESS_COPY)
+                with suppress(OSError, ValueError):
+                    mapping.madvise(_MADV_POPULATE_READ)
+                self._mapped[file] = np.frombuffer(mapping, np.uint8)
+            return self._mapped[file]

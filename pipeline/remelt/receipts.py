@@ -38,18 +38,18 @@ def write_receipt(work_dir: Path, receipt: UnitReceipt) -> None:
 
 
 def find_receipt(work_dir: Path, output: Path, unit: Unit, set_number: int) -> UnitReceipt | None:
-    """The unit's receipt, if it can be trusted: the id matches, and the shard has the right size and header.
+    """A coefficient set's receipt of a unit, if it can be trusted: its id, and the shard's size and header match.
 
     The shard is looked for among the work and, since a commit may have been cut off, in the output itself.
     """
-    path = receipt_path(work_dir, unit.unit_id)
+    path = receipt_path(work_dir, unit.set_ids[set_number])
     try:
         receipt = UnitReceipt.from_json(path.read_text())
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    if receipt.unit_id != unit.unit_id or set_number >= len(receipt.outputs):
+    if receipt.unit_id != unit.set_ids[set_number] or len(receipt.outputs) != 1:
         return None
-    record = receipt.outputs[set_number]
+    (record,) = receipt.outputs
     shard = find_shard(work_dir, output, record)
     if shard is None or [t.name for t in record.tensors] != [tensor.stored.name for tensor in unit.tensors]:
         return None

@@ -24,6 +24,11 @@ from remelt.shard_file import ShardFile
 class Sink(Protocol):
     """What a unit's output of one coefficient set is handed to."""
 
+    def target(self, stored: StoredTensor, start_byte: int, nbytes: int) -> NDArray[np.uint8] | None:
+        """Memory where bytes [start_byte, start_byte + nbytes) may be made at once, by any thread and in any order, or
+        None. They are handed to `write` as all others are, which then finds them in their place."""
+        ...
+
     def write(self, stored: StoredTensor, start_byte: int, bits: NDArray[np.uint8], num_nonfinite: int) -> None:
         """Take bytes [start_byte, start_byte + len(bits)) of a tensor; called in order, from one thread at a time."""
         ...
@@ -79,6 +84,9 @@ class ShardSink:
         except OSError as error:
             self.abort()
             raise unwritable(self._path, error) from error
+
+    def target(self, stored: StoredTensor, start_byte: int, nbytes: int) -> NDArray[np.uint8] | None:
+        return None
 
     def write(self, stored: StoredTensor, start_byte: int, bits: NDArray[np.uint8], num_nonfinite: int) -> None:
         position = self._data_start + stored.offset + start_byte

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -290,6 +290,16 @@ class SurveyResult:
                 left[number] = max(0, left[number] - ties)
             bands[name] = tuple(row)
         return GlobalBands(self._cuts, bands)
+
+
+def take_survey(survey: Survey, measure: Callable[[SurveyRequest], Iterable[UnitCounts]]) -> GlobalBands:
+    """All passes of a survey; `measure` makes one of them over every unit of the plan."""
+    result = SurveyResult(survey)
+    for round_ in range(NUM_ROUNDS if survey.cuts else 0):
+        for found in measure(result.request(round_)):
+            result.take(found)
+        result.finish_round(round_)
+    return result.bands()
 
 
 def bands_to_json(identity: str, bands: GlobalBands) -> str:

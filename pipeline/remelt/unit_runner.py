@@ -27,7 +27,7 @@ from remelt.errors import NonFiniteError
 from remelt.fingerprints import TensorDigest
 from remelt.kernels import count_nonfinite, make_program
 from remelt.kernels.program import Block, Geometry, Program, geometry_of
-from remelt.memory import COPY_BLOCK_BYTES, Sizes, held_bytes, peak_memory_bytes, tensor_block_rows
+from remelt.memory import COPY_BLOCK_BYTES, Sizes, has_kernel, held_bytes, peak_memory_bytes, tensor_block_rows
 from remelt.plan import PlannedTensor, RunSettings, TensorRecord, Unit, UnitReceipt
 from remelt.range_reader import RangeReader
 from remelt.sinks import Sink
@@ -83,6 +83,9 @@ class _TensorWork:
             self.block_rows = tensor_block_rows(planned, self.geometry, sizes.block_elements, settings.device)
             self.block_bytes = self.block_rows * self.geometry.row_length * itemsize
         self.num_rounds = max((program.num_rounds for program in self.programs), default=0)
+        applies = (treatment for treatment in planned.treatments if isinstance(treatment, Apply))
+        self.may_view = all(has_kernel(apply, settings.device) for apply in applies)
+        """Kernels take any address; a torch function takes what was read for it."""
         # A tensor without elements still passes through the sink once, as one empty block.
         self.num_blocks = max(1, -(-planned.stored.nbytes // max(1, self.block_bytes)))
         self.round = 0
@@ -165,8 +168,10 @@ class UnitRunner:
         readers: Sequence[RangeReader],
         sinks: Sequence[Sink],
         on_bytes: OnBytes,
+        are_parents_known: bool,
     ) -> None:
         self._unit, self._settings, self._sizes = unit, settings, sizes
+        self._are_parents_known = are_parents_known
         self._readers, self._sinks, self._on_bytes = readers, sinks, on_bytes
         self._changed = threading.Condition()
         self._active: list[_TensorWork] = []
@@ -297,7 +302,8 @@ class UnitRunner:
                 self._active.remove(work)
                 if work.arena_start >= 0:
                     self._arena.give_back(work.arena_start)
-                self._parents.extend(self._source_records(work))
+                if not self._are_parents_known:
+                    self._parents.extend(self._source_records(work))
             self._changed.notify_all()
 
     @staticmethod
@@ -331,7 +337,8 @@ class UnitRunner:
             place: as_stored(view, info.dtype) for (place, info), view in zip(work.planned.sources, views, strict=True)
         }
         itemsize = DTYPES[work.planned.stored.dtype].item_bits // 8
-        outs = [output[: elements * itemsize] for output in claim.outputs]
+        start = first * work.geometry.row_length * itemsize
+        outs = self._outs(claim, start, elements * itemsize)
         if any(out.nbytes != elements * itemsize for out in outs):
             raise AssertionError(f"{work.planned.name}: an output buffer is smaller than {elements * itemsize} bytes")
         nonfinite_outs = []
@@ -353,12 +360,21 @@ class UnitRunner:
         if claim.round_ == 0:
             self._digest_in_turn(claim, views, num_digested)
         if outs:
-            self._deposit(claim, first * work.geometry.row_length * itemsize, outs, nonfinite_outs)
+            self._deposit(claim, start, outs, nonfinite_outs)
+
+    def _outs(self, claim: _Claim, start: int, nbytes: int) -> list[Bytes]:
+        """Where a block of each coefficient set is made: where it will lie if its sink says so, else in a buffer."""
+        stored, outs = claim.work.planned.stored, []
+        for sink, buffer in zip(self._sinks, claim.outputs, strict=False):
+            target = sink.target(stored, start, nbytes)
+            outs.append(buffer[:nbytes] if target is None else target)
+        return outs
 
     def _sources(
         self, claim: _Claim, buffer: Bytes, first_element: int, elements: int, worker: int
     ) -> tuple[list[Bytes], int]:
-        """The block's bytes of each source: read into the arena or the worker's buffer, or found in the arena.
+        """The block's bytes of each source: where the reader has them in memory, else read into the arena or the
+        worker's buffer, or found in the arena.
 
         A source is digested while its bytes are near, if the blocks before it have been; returns how many were.
         """
@@ -367,17 +383,21 @@ class UnitRunner:
         for number, (place, info) in enumerate(work.planned.sources):
             itemsize = DTYPES[info.dtype].item_bits // 8
             start, size = first_element * itemsize, elements * itemsize
-            if work.arena is not None:
+            mapped = self._readers[place].view(info, start, size) if work.may_view else None
+            if mapped is not None:
+                view = mapped
+                self._took(size, worker)
+            elif work.arena is not None:
                 view = work.held_view(number, start, start + size)
             else:
                 view = buffer[used : used + size]
                 used += size
             if view.nbytes != size:
                 raise AssertionError(f"{work.planned.name}: a buffer of {view.nbytes} bytes for {size}")
-            if is_first or work.arena is None:
+            if mapped is None and (is_first or work.arena is None):
                 self._read(place, info, start, view, worker)
             views.append(view)
-            if is_first:
+            if is_first and not self._are_parents_known:
                 self._count(claim, number, view)
                 if num_digested == number and work.turns[number] == claim.block:
                     self._digest(claim, number, view)
@@ -386,8 +406,11 @@ class UnitRunner:
 
     def _read(self, place: int, info: TensorInfo, start: int, view: Bytes, worker: int) -> None:
         self._readers[place].read_into(info, start, view)
-        self._read_by_worker[worker] += view.nbytes
-        self._on_bytes(view.nbytes)
+        self._took(view.nbytes, worker)
+
+    def _took(self, nbytes: int, worker: int) -> None:
+        self._read_by_worker[worker] += nbytes
+        self._on_bytes(nbytes)
 
     def _count(self, claim: _Claim, number: int, view: Bytes) -> int:
         """Count NaN and Inf of a block of a source."""
@@ -403,6 +426,8 @@ class UnitRunner:
     def _digest_in_turn(self, claim: _Claim, views: Sequence[Bytes], num_digested: int = 0) -> None:
         """Digest the sources from `num_digested` on, each after the blocks before this one."""
         work = claim.work
+        if self._are_parents_known:
+            return
         for number in range(num_digested, len(views)):
             if work.turns[number] != claim.block:
                 with self._changed:
@@ -459,12 +484,20 @@ class UnitRun:
         readers: Sequence[RangeReader],
         sinks: Sequence[Sink],
         on_bytes: OnBytes = lambda _: None,
+        *,
+        are_parents_known: bool = False,
     ) -> None:
+        """`are_parents_known`: what is read was found finite and digested before, and is not again."""
         self._unit, self._settings, self._sinks = unit, settings, sinks
-        self._runner: UnitRunner | None = UnitRunner(unit, settings, sizes, readers, sinks, on_bytes)
+        self._runner: UnitRunner | None = UnitRunner(unit, settings, sizes, readers, sinks, on_bytes, are_parents_known)
         self._started = time.perf_counter()
         self._parents: list[tuple[int, TensorRecord]] = []
         self._read_bytes = self._write_bytes = 0
+
+    @property
+    def unit(self) -> Unit:
+        """The unit that is worked."""
+        return self._unit
 
     def work(self) -> None:
         """Merge the unit into its sinks.

@@ -197,7 +197,7 @@ def test_a_cut_between_two_outputs_of_one_plan_redoes_nothing(
         with pytest.raises(KeyboardInterrupt):
             run_plan(plan, indexes, outputs, executor)
     merged = run_plan(plan, indexes, outputs, executor)
-    assert worked == [len(plan.units), 0]
+    assert sum(worked) == len(plan.units)
     assert all(verify_merge(each.path).problems == () for each in merged)
 
 
