@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from remelt.errors import EvaluationError
 
@@ -20,6 +20,9 @@ Role: TypeAlias = Literal["search", "selection", "report"]
 """What a set of items is for; the three never share an item, so that the reported number was never optimised."""
 
 ROLES: tuple[Role, ...] = ("search", "selection", "report")
+
+IN_MEMORY = "memory:"
+"""What stands before a candidate id in the place of a checkpoint's folder."""
 
 Status: TypeAlias = Literal["ok", "failed"]
 
@@ -32,7 +35,7 @@ class EvalRequest:
     """One checkpoint to be scored on the items of one role of a suite."""
 
     checkpoint: str
-    """Folder that the backend loads."""
+    """Folder that the backend loads, or a `HeldCandidate`'s name."""
     digest: str
     """Checkpoint digest or candidate id: what identifies the weights, wherever they lie."""
     suite: str
@@ -47,6 +50,17 @@ class EvalRequest:
     def fidelity(self) -> str:
         """`full`, or `first-N`."""
         return "full" if self.limit is None else f"first-{self.limit}"
+
+
+class HeldCandidate(NamedTuple):
+    """A candidate that an evaluator has in its memory."""
+
+    checkpoint: str
+    """For requests, in the place of a folder; good until the evaluator holds another candidate or loads a folder."""
+    digest: str
+    """As a merge to disk has it."""
+    candidate_id: str
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,13 +15,26 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from remelt.errors import EvaluationError
 from remelt_evals.backends import BackendOptions, LoadedModel, backend_identity, find_backend
-from remelt_evals.eval_report import ROLES, EvalReport, EvalRequest, Role, TaskReport, evaluation_id
+from remelt_evals.eval_report import (
+    IN_MEMORY,
+    ROLES,
+    EvalReport,
+    EvalRequest,
+    HeldCandidate,
+    Role,
+    TaskReport,
+    evaluation_id,
+)
 from remelt_evals.lm_tasks import TaskBuilder, check_disjoint, item_hashes, prepare_environment
 from remelt_evals.suite import Suite, load_suite
+
+if TYPE_CHECKING:
+    from remelt.recipe import Recipe
+    from remelt_evals.resident import ResidentCandidate, ResidentCandidates
 
 SEED = 1234
 
@@ -48,10 +61,49 @@ class Evaluator:
         self._builder = TaskBuilder(self._folder.name)
         self._offline: bool | None = None
         self._overlap_notes: dict[str, tuple[str, ...]] = {}
+        self._residents: ResidentCandidates | None = None
+        self._held: tuple[HeldCandidate, ResidentCandidate] | None = None
 
     def evaluation_id(self, request: EvalRequest) -> str:
         """The id that `evaluate` will put on its report; reads the suite, loads no model."""
         return evaluation_id(request, self._read_suite(request).digest, self._identity)
+
+    def hold(
+        self, recipe: Recipe, suite: str, *, memory_bytes: int | None = None, threads: int = 1
+    ) -> HeldCandidate | str:
+        """Merge a candidate straight into the parameters of a model that stays in memory; then `evaluate` can score it.
+
+        Args:
+            recipe: bound, its paths absolute; candidates of one study differ in coefficients alone.
+            suite: path of the suite that will score it: whether its items lie on disk decides how libraries start.
+            memory_bytes: what the merge may hold beside the model; half of the machine's by default.
+            threads: of the merge.
+
+        Returns:
+            What to ask for in `EvalRequest.checkpoint` and `digest`; or in words why such candidates must go by disk.
+
+        Raises:
+            RemeltError: as a merge to disk, or where the candidate does not load; nothing is held then.
+        """
+        from remelt_evals.resident import ResidentCandidates
+
+        if self.options.name != "hf":
+            return f"the {self.options.name} backend loads folders"
+        self._held = None
+        self._prepare(load_suite(suite))
+        if self._residents is None:
+            self._residents = ResidentCandidates(
+                self.options, memory_bytes=memory_bytes, threads=threads, scratch=Path(self._folder.name)
+            )
+        merged = self._residents.merge([recipe])
+        if isinstance(merged, str):
+            return merged
+        (candidate,) = merged
+        held = HeldCandidate(
+            IN_MEMORY + candidate.candidate_id, candidate.digest, candidate.candidate_id, candidate.seconds
+        )
+        self._held = held, candidate
+        return held
 
     def evaluate(self, request: EvalRequest) -> EvalReport:
         """Score a checkpoint on the items of one role.
@@ -65,12 +117,11 @@ class Evaluator:
         started_at = datetime.now(UTC).isoformat()
         suite = self._read_suite(request)
         self._prepare(suite)
-        if self._backend.needs_checkpoint and not (Path(request.checkpoint) / "config.json").is_file():
-            raise EvaluationError(f"{request.checkpoint} is no checkpoint folder: it holds no config.json")
+        self._check_checkpoint(request)
         suite.task_names(request.role)
         notes = self._check_items(suite)
         tasks = self._builder.build(suite, request.role)
-        model = self._backend.load(request.checkpoint, request.digest, suite.batch_size, self.options)
+        model = self._load(request, suite.batch_size)
         reports, error = _score(suite, request, tasks, model)
         device, dtype = model.device, model.dtype
         # The weights go before the next checkpoint's come.
@@ -97,8 +148,37 @@ class Evaluator:
         )
 
     def close(self) -> None:
-        """Remove the evaluator's temporary files."""
+        """Let go of what is in memory, and remove the evaluator's temporary files."""
+        self._held = None
+        if self._residents is not None:
+            self._residents.close()
         self._folder.cleanup()
+
+    def _check_checkpoint(self, request: EvalRequest) -> None:
+        if not request.checkpoint.startswith(IN_MEMORY):
+            if self._backend.needs_checkpoint and not (Path(request.checkpoint) / "config.json").is_file():
+                raise EvaluationError(f"{request.checkpoint} is no checkpoint folder: it holds no config.json")
+            return
+        held = None if self._held is None else self._held[0]
+        if held is None or (held.checkpoint, held.digest) != (request.checkpoint, request.digest):
+            there = "nothing" if held is None else f"{held.checkpoint} with digest {held.digest[:12]}"
+            raise EvaluationError(
+                f"{request.checkpoint} with digest {request.digest[:12]} is not in this evaluator's memory, which "
+                f"holds {there}: merge it again"
+            )
+
+    def _load(self, request: EvalRequest, batch_size: int) -> LoadedModel:
+        if self._held is not None and request.checkpoint.startswith(IN_MEMORY):
+            from remelt_evals.hf_backend import wrap
+
+            _, candidate = self._held
+            return wrap(candidate.model, candidate.tokenizer, batch_size)
+        # Two models at once might not fit.
+        self._held = None
+        if self._residents is not None:
+            self._residents.forget_models()
+            gc.collect()
+        return self._backend.load(request.checkpoint, request.digest, batch_size, self.options)
 
     def _read_suite(self, request: EvalRequest) -> Suite:
         suite = load_suite(request.suite)

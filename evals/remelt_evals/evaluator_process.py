@@ -24,19 +24,24 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 from remelt.errors import EvaluationError, RemeltError
 from remelt_evals.backends import BackendOptions
 from remelt_evals.eval_report import (
     EvalReport,
     EvalRequest,
+    HeldCandidate,
     canonical_json,
     report_from_json,
     report_to_json,
     request_from_json,
     request_to_json,
 )
+
+if TYPE_CHECKING:
+    from remelt.recipe import Recipe
+    from remelt_evals.evaluator import Evaluator
 
 _LENGTH = struct.Struct(">Q")
 START_TIMEOUT_SECONDS = 120.0
@@ -120,6 +125,27 @@ class EvaluatorProcess:
         answer = self._ask("evaluate", request, self.timeout_seconds)
         return report_from_json(json.dumps(answer["report"]))
 
+    def hold(
+        self, recipe: Recipe, suite: str, *, memory_bytes: int | None = None, threads: int = 1
+    ) -> HeldCandidate | str:
+        """Merge a candidate into the child's memory, as `Evaluator.hold`; it is gone with the child.
+
+        Raises:
+            EvaluationError: it cannot be merged or does not load; also where the child died or exceeded
+                `timeout_seconds`.
+        """
+        message = {
+            "kind": "hold",
+            "recipe": recipe.canonical(),
+            "suite": suite,
+            "memory_bytes": memory_bytes,
+            "threads": threads,
+        }
+        answer = self._send(message, f"merging a candidate of {recipe.merge_method}", self.timeout_seconds)
+        if answer["kind"] == "not held":
+            return str(answer["reason"])
+        return HeldCandidate(**answer["held"])
+
     def close(self) -> None:
         """End the child at once, whatever it is doing."""
         if self._finalizer is not None:
@@ -135,12 +161,14 @@ class EvaluatorProcess:
         self.close()
 
     def _ask(self, kind: str, request: EvalRequest, timeout_seconds: float | None) -> dict[str, Any]:
+        what = f"evaluating {request.checkpoint} on {request.role} items of {request.suite}"
+        return self._send({"kind": kind, "request": json.loads(request_to_json(request))}, what, timeout_seconds)
+
+    def _send(self, message: Mapping[str, Any], what: str, timeout_seconds: float | None) -> dict[str, Any]:
         with self._lock:
             child = self._start()
-            what = f"evaluating {request.checkpoint} on {request.role} items of {request.suite}"
-            message = canonical_json({"kind": kind, "request": json.loads(request_to_json(request))})
             try:
-                _write_frame(child.requests, message.encode())
+                _write_frame(child.requests, canonical_json(message).encode())
                 answer = self._receive(child, timeout_seconds)
             except TimeoutError:
                 self.close()
@@ -157,7 +185,7 @@ class EvaluatorProcess:
             if answer["kind"] == "error":
                 self.close()
                 raise EvaluationError(str(answer["message"]))
-            if kind == "evaluate":
+            if message["kind"] == "evaluate":
                 self._num_evaluations += 1
                 self._retire_if_grown(int(answer["memory_bytes"]))
             return answer
@@ -326,6 +354,9 @@ def _serve(requests: int, responses: int, options: BackendOptions) -> None:
             except EOFError:
                 return
             message = json.loads(_read_exactly(requests, length, None))
+            if message["kind"] == "hold":
+                answer(_hold(evaluator, message))
+                continue
             request = request_from_json(json.dumps(message["request"]))
             if message["kind"] == "evaluation_id":
                 answer({"kind": "evaluation_id", "evaluation_id": evaluator.evaluation_id(request)})
@@ -334,6 +365,14 @@ def _serve(requests: int, responses: int, options: BackendOptions) -> None:
                 answer({"kind": "report", "report": report, "memory_bytes": _resident_bytes()})
     except RemeltError as error:
         answer({"kind": "error", "message": str(error)})
+
+
+def _hold(evaluator: Evaluator, message: Mapping[str, Any]) -> dict[str, Any]:
+    from remelt.recipe_yaml import parse_recipe
+
+    recipe = parse_recipe(message["recipe"])
+    held = evaluator.hold(recipe, message["suite"], memory_bytes=message["memory_bytes"], threads=message["threads"])
+    return {"kind": "not held", "reason": held} if isinstance(held, str) else {"kind": "held", "held": held._asdict()}
 
 
 def _main(arguments: list[str]) -> None:

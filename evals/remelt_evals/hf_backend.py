@@ -13,7 +13,21 @@ _PROBE_TEXT = "The sum of 1 and 2 is 3."
 
 
 def load(checkpoint: str, batch_size: int, options: BackendOptions) -> LoadedModel:
-    """Load model and tokenizer from a folder.
+    """Load model and tokenizer from a folder, and make them ready for lm-eval; raises as `load_model`."""
+    return wrap(*load_model(checkpoint, options), batch_size)
+
+
+def wrap(model: Any, tokenizer: Any, batch_size: int) -> LoadedModel:
+    """A loaded model behind lm-eval's HFLM, with what is wrong with it."""
+    import torch
+
+    lm = _wrap(model, tokenizer, batch_size)
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+    return LoadedModel(lm, device, str(model.dtype).removeprefix("torch."), _find_problem(lm))
+
+
+def load_model(checkpoint: str, options: BackendOptions) -> tuple[Any, Any]:
+    """Load model and tokenizer from a folder; the model on the options' device, in evaluation mode.
 
     Nothing is fetched and no code of the folder runs unless `options.trust_remote_code`. A checkpoint that leaves
     parameters at their random initial values is refused: it would get a score.
@@ -41,10 +55,7 @@ def load(checkpoint: str, batch_size: int, options: BackendOptions) -> LoadedMod
         )
     if options.device != "cpu" and not torch.cuda.is_available():
         raise EvaluationError(f"device {options.device} was asked for, but torch sees no GPU here; use cpu")
-    model = model.to(options.device).eval()
-    lm = _wrap(model, tokenizer, batch_size)
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    return LoadedModel(lm, device, str(model.dtype).removeprefix("torch."), _find_problem(lm))
+    return model.to(options.device).eval(), tokenizer
 
 
 def _make_deterministic(options: BackendOptions) -> None:
