@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from remelt.errors import BudgetError, ExecutionError, NumericsError, RemeltError
-from remelt.executor import OnReceipt, finish_unit, shard_sinks
+from remelt.executor import Found, OnReceipt, Piece, Settings, finish_unit, shard_sinks
 from remelt.memory import default_memory_bytes
 from remelt.plan import MergePlan, RunSettings, Unit, UnitReceipt
 from remelt.planner import Budget, plan_sizes
@@ -105,7 +105,7 @@ class RayExecutor:
 
         directories = [str(directory.absolute()) for directory in work_dirs]
         with ray_session():
-            for receipt in self._map(ray, plan, units, work_unit, directories):
+            for receipt in self._map_plan(ray, plan, units, work_unit, directories):
                 on_bytes(receipt.read_bytes + receipt.write_bytes)
                 on_receipt(receipt)
 
@@ -115,43 +115,69 @@ class RayExecutor:
         from remelt_jobs.ray_session import ray_session
 
         with ray_session():
-            for found in self._map(ray, plan, plan.units, survey_unit, request):
+            for found in self._map_plan(ray, plan, plan.units, survey_unit, request):
                 on_bytes(found.read_bytes)
                 yield found
 
-    def _map(
+    def gather(
+        self,
+        function: Callable[[Settings, Piece], Found],
+        settings: Settings,
+        units: Sequence[Piece],
+        projected_bytes: int,
+    ) -> Iterator[Found]:
+        import ray
+
+        from remelt_jobs.ray_session import ray_session
+
+        with ray_session():
+            yield from self._map(ray, function, (settings,), units, (), projected_bytes)
+
+    def _map_plan(
         self, ray: Any, plan: MergePlan, units: Sequence[Unit], function: Callable[..., Result], argument: object
     ) -> Iterator[Result]:
-        """Results of `function(settings, sizes, unit, argument)` as they come, from a bounded window of Ray tasks."""
-        self._check_fits(ray, plan)
+        shared = (plan.settings, plan_sizes(plan))
+        return self._map(ray, function, shared, units, (argument,), plan.projection.total_bytes)
+
+    def _map(
+        self,
+        ray: Any,
+        function: Callable[..., Result],
+        shared: Sequence[object],
+        units: Sequence[Any],
+        rest: Sequence[object],
+        projected_bytes: int,
+    ) -> Iterator[Result]:
+        """Results of `function(*shared, unit, *rest)` as they come, from a bounded window of Ray tasks."""
+        self._check_fits(ray, projected_bytes)
         remote = ray.remote(function).options(
             num_cpus=self._threads,
             num_gpus=1 if self._device == "cuda" else 0,
-            memory=plan.projection.total_bytes,
+            memory=projected_bytes,
             resources=self._io_slot(ray),
             max_retries=MAX_RETRIES,
             scheduling_strategy="SPREAD",
             name="remelt.unit",
         )
         # Put once: every task would otherwise carry the file tables of all checkpoints.
-        settings, sizes = ray.put(plan.settings), ray.put(plan_sizes(plan))
+        references = [ray.put(value) for value in shared]
         waiting = list(reversed(units))
-        running: dict[Any, Unit] = {}
+        running: dict[Any, Any] = {}
         window = self._window(ray)
         try:
             while waiting or running:
                 while waiting and len(running) < window:
                     unit = waiting.pop()
-                    running[remote.remote(settings, sizes, unit, argument)] = unit
+                    running[remote.remote(*references, unit, *rest)] = unit
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 yield _get(ray, done, running.pop(done))
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
 
-    def _check_fits(self, ray: Any, plan: MergePlan) -> None:
+    def _check_fits(self, ray: Any, projected_bytes: int) -> None:
         """Refuse what no node could ever hold: Ray would wait for such a node without a word."""
-        asked = {"CPU": self._threads, "GPU": int(self._device == "cuda"), "memory": plan.projection.total_bytes}
+        asked = {"CPU": self._threads, "GPU": int(self._device == "cuda"), "memory": projected_bytes}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes):
             found = "; ".join(str({name: node.get(name, 0) for name in asked}) for node in nodes)
@@ -172,7 +198,7 @@ class RayExecutor:
         return max(1, cpus // self._threads) * UNITS_PER_WORKER
 
 
-def _get(ray: Any, reference: Any, unit: Unit) -> Any:
+def _get(ray: Any, reference: Any, unit: Any) -> Any:
     """The result of a finished task; our own errors as they were raised, anything else named with its unit."""
     try:
         result = ray.get(reference)
