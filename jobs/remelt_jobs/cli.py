@@ -11,7 +11,7 @@ import typer
 
 from remelt import __version__
 from remelt.errors import RemeltError
-from remelt_jobs import merge_commands, report_commands, search_commands
+from remelt_jobs import merge_commands, report_commands, search_commands, select_commands
 
 app = typer.Typer(
     name="remelt",
@@ -49,6 +49,7 @@ app.command("diff")(merge_commands.diff)
 app.command("operators")(merge_commands.operators)
 app.command("evaluate")(search_commands.evaluate)
 app.command("search")(search_commands.search)
+app.command("select")(select_commands.select)
 app.add_typer(report_commands.app)
 app.command("demo")(search_commands.demo)
 
