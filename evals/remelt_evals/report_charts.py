@@ -8,13 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from itertools import pairwise
 from typing import NamedTuple
 
+from remelt_evals.report_svg import (
+    CHAR,
+    Box,
+    Scale,
+    axis_below,
+    grid_lines,
+    labelled,
+    moved_apart,
+    scale_around,
+    shade_legend,
+    shortened,
+    svg_image,
+    svg_text,
+)
+
 WIDTH = 960.0
-_FONT = 12.0
-_CHAR = 6.5
-"""A character's mean width at the font size; generous, so that what is laid out by it does not overlap."""
+_LEAST_PANEL = 160.0
 
 
 class Mark(NamedTuple):
@@ -40,32 +52,6 @@ class Bar(NamedTuple):
     error: float | None
 
 
-class Box(NamedTuple):
-    """Where something stands, so that labels keep clear of it."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def meets(self, other: Box) -> bool:
-        """Whether the two overlap."""
-        across = self.left < other.right and other.left < self.right
-        return across and self.top < other.bottom and other.top < self.bottom
-
-
-class Scale(NamedTuple):
-    """A linear map from values to lengths."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
 def progress_chart(marks: Sequence[Mark], references: Sequence[tuple[str, float]], score_name: str) -> str:
     """Score against trial: points with their errors, the best so far as a step line, references as dashed lines."""
     height, left, right, top, bottom = 340.0, 60.0, WIDTH - 150, 16.0, 340.0 - 44
@@ -73,15 +59,15 @@ def progress_chart(marks: Sequence[Mark], references: Sequence[tuple[str, float]
     with_errors = len(scored) <= 150
     lows = [mark.y - (mark.error or 0) * with_errors for mark in scored] + [value for _, value in references]
     highs = [mark.y + (mark.error or 0) * with_errors for mark in scored] + [value for _, value in references]
-    y = _scale(min(lows, default=0.0), max(highs, default=1.0), bottom, top)
+    y = scale_around(min(lows, default=0.0), max(highs, default=1.0), bottom, top)
     x = Scale(-0.5, max(mark.x for mark in marks) + 0.5, left, right)
-    parts = [*_grid(y, left, right), *_axis_below(x, bottom, top, "trial", whole=True)]
-    parts.append(_text(left - 48, (top + bottom) / 2, score_name, "middle", "axis", turn=-90))
+    parts = [*grid_lines(y, left, right), *axis_below(x, bottom, top, "trial", whole=True)]
+    parts.append(svg_text(left - 48, (top + bottom) / 2, score_name, "middle", "axis", turn=-90))
     taken: list[Box] = []
     ends = [(name, y(value), value) for name, value in references]
-    for (name, at, value), label_at in zip(ends, _apart([at for _, at, _ in ends], 15.0), strict=True):
+    for (name, at, value), label_at in zip(ends, moved_apart([at for _, at, _ in ends], 15.0), strict=True):
         parts.append(f'<line class="reference" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(_text(right + 8, label_at + 4, f"{name} {value:.3f}", "start", "note"))
+        parts.append(svg_text(right + 8, label_at + 4, f"{name} {value:.3f}", "start", "note"))
     if with_errors:
         parts += [
             f'<line class="error {mark.kind}" x1="{x(mark.x):.1f}" x2="{x(mark.x):.1f}" '
@@ -95,8 +81,10 @@ def progress_chart(marks: Sequence[Mark], references: Sequence[tuple[str, float]
         parts.append(_point(x(mark.x), at, mark))
     for mark in marks:
         if mark.is_winner:
-            parts += _labelled(x(mark.x), y(mark.y), mark.label, taken, Box(left, top, right, bottom))
-    return _svg(WIDTH, height, parts, f"{score_name} of every trial, and the best so far")
+            parts += labelled(
+                x(mark.x), y(mark.y), mark.label, taken, Box(left, top - 14, right, bottom), is_above=True
+            )
+    return svg_image(WIDTH, height, parts, f"{score_name} of every trial, and the best so far")
 
 
 def front_chart(panels: Sequence[tuple[str, str, bool, bool, Sequence[Mark]]]) -> str:
@@ -115,12 +103,12 @@ def front_chart(panels: Sequence[tuple[str, str, bool, bool, Sequence[Mark]]]) -
         right = (place % columns) * (width + gap) + width - 8
         top = (place // columns) * (each + 16) + 12
         bottom = top + each - 60
-        x = _scale(min(mark.x for mark in marks), max(mark.x for mark in marks), left, right)
-        y = _scale(min(mark.y for mark in marks), max(mark.y for mark in marks), bottom, top)
-        parts += [*_grid(y, left, right), *_axis_below(x, bottom, top, _directed(name_x, more_x), lines=True)]
-        parts.append(_text(left - 44, (top + bottom) / 2, _directed(name_y, more_y), "middle", "axis", turn=-90))
+        x = scale_around(min(mark.x for mark in marks), max(mark.x for mark in marks), left, right)
+        y = scale_around(min(mark.y for mark in marks), max(mark.y for mark in marks), bottom, top)
+        parts += [*grid_lines(y, left, right), *axis_below(x, bottom, top, _directed(name_x, more_x), lines=True)]
+        parts.append(svg_text(left - 44, (top + bottom) / 2, _directed(name_y, more_y), "middle", "axis", turn=-90))
         parts += _panel_marks(marks, x, y, Box(left, top, right, bottom))
-    return _svg(WIDTH, rows * (each + 16), parts, "trials over pairs of objectives")
+    return svg_image(WIDTH, rows * (each + 16), parts, "trials over pairs of objectives", "front-panels")
 
 
 def heat_map(
@@ -141,11 +129,11 @@ def heat_map(
         with_numbers: whether cells say their number; else only the tip does.
         axis: what the columns are.
     """
-    left = min(240.0, 22 + _CHAR * max(len(row) for row in rows))
+    left = min(240.0, 22 + CHAR * max(len(row) for row in rows))
     cell_height = 26.0 if with_numbers else max(12.0, min(22.0, 300 / len(rows)))
     cell = min(110.0, (WIDTH - left - 90) / len(columns))
-    turn = any(len(name) * _CHAR > cell - 6 for name in columns) and with_numbers
-    top = 20.0 + (min(120.0, 0.75 * _CHAR * max(len(name) for name in columns)) if turn else 8.0)
+    turn = any(len(name) * CHAR > cell - 6 for name in columns) and with_numbers
+    top = 20.0 + (min(120.0, 0.75 * CHAR * max(len(name) for name in columns)) if turn else 8.0)
     known = [abs(value) for row in values for value in row if value is not None]
     most = max(known, default=0.0) or 1.0
     parts: list[str] = []
@@ -153,34 +141,36 @@ def heat_map(
     for place, name in enumerate(columns):
         middle = left + (place + 0.5) * cell
         if turn:
-            parts.append(_text(middle, top - 8, name, "start", "tick", turn=-40))
+            parts.append(svg_text(middle, top - 8, name, "start", "tick", turn=-40))
         elif place % step == 0:
-            parts.append(_text(middle, top - 8, name, "middle", "tick"))
+            parts.append(svg_text(middle, top - 8, name, "middle", "tick"))
         if marked and marked[place]:
             parts.append(f'<circle class="winner-dot" cx="{middle:.1f}" cy="{top - 24:.1f}" r="3.5"/>')
     gap = 2.0 if cell > 12 else 0.5
     for row, (name, numbers) in enumerate(zip(rows, values, strict=True)):
         at = top + row * cell_height
-        parts.append(_text(left - 10, at + cell_height / 2 + 4, _short(name, left - 16), "end", "tick", tip=name))
+        parts.append(svg_text(left - 10, at + cell_height / 2 + 4, shortened(name, left - 16), "end", "tick", tip=name))
         for place, value in enumerate(numbers):
             parts += _cell(left + place * cell, at, cell - gap, cell_height - gap, value, most, with_numbers,
                            f"{name}, {axis} {columns[place]}".replace("  ", " "))  # fmt: skip
     bottom = top + len(rows) * cell_height
     if axis:
-        parts.append(_text(left + cell * len(columns) / 2, bottom + 18, axis, "middle", "axis"))
+        parts.append(svg_text(left + cell * len(columns) / 2, bottom + 18, axis, "middle", "axis"))
         bottom += 16
-    parts += _legend(
+    parts += shade_legend(
         left + cell * len(columns) + 16, top, most, any(v is not None and v < 0 for r in values for v in r)
     )
-    return _svg(WIDTH, max(bottom + 12, top + 84), parts, title)
+    return svg_image(WIDTH, max(bottom + 12, top + 84), parts, title)
 
 
 def bar_panels(panels: Sequence[tuple[str, Sequence[Bar]]], note: str) -> str:
     """One panel for each eval task, one bar for each checkpoint, errors of one standard error as whiskers."""
     labels = [bar.label for bar in panels[0][1]]
-    left = min(190.0, 18 + _CHAR * max(len(label) for label in labels))
-    columns = min(len(panels), 3 if left > 120 else 4)
+    left = min(190.0, 18 + CHAR * max(len(label) for label in labels))
     gap, row_height = 22.0, 22.0
+    # As many as fit, spread evenly over the lines.
+    most_columns = max(1, int((WIDTH - left + gap) / (_LEAST_PANEL + gap)))
+    columns = math.ceil(len(panels) / math.ceil(len(panels) / most_columns))
     width = (WIDTH - left - gap * (columns - 1)) / columns
     each = 30 + row_height * len(labels) + 34
     parts: list[str] = []
@@ -189,21 +179,21 @@ def bar_panels(panels: Sequence[tuple[str, Sequence[Bar]]], note: str) -> str:
         top = (place // columns) * each + 30
         most = max(((bar.value or 0) + (bar.error or 0) for bar in bars), default=1.0) or 1.0
         x = Scale(0.0, most, start, start + width - 46)
-        parts.append(_text(start, top - 12, _short(name, width), "start", "title", tip=name))
+        parts.append(svg_text(start, top - 12, shortened(name, width), "start", "title", tip=name))
         for row, bar in enumerate(bars):
             at = top + row * row_height
             if place % columns == 0:
                 kind = "tick strong" if bar.kind == "best" else "tick"
-                parts.append(_text(left - 10, at + 14, _short(bar.label, left - 14), "end", kind, tip=bar.label))
+                parts.append(svg_text(left - 10, at + 14, shortened(bar.label, left - 14), "end", kind, tip=bar.label))
             parts += _bar(bar, x, at, row_height - 6, name)
         under = top + row_height * len(bars) - 2
         parts.append(f'<line class="base" x1="{start:.1f}" x2="{start:.1f}" y1="{top - 2:.1f}" y2="{under:.1f}"/>')
-    return _svg(WIDTH, math.ceil(len(panels) / columns) * each - 22, parts, note)
+    return svg_image(WIDTH, math.ceil(len(panels) / columns) * each - 22, parts, note)
 
 
 def _bar(bar: Bar, x: Scale, top: float, height: float, task: str) -> list[str]:
     if bar.value is None:
-        return [_text(x.start + 6, top + height - 4, "not scored", "start", "note")]
+        return [svg_text(x.start + 6, top + height - 4, "not scored", "start", "note")]
     end = x(max(0.0, bar.value))
     number = f"{bar.value:.3f}"
     spread = f" ± {bar.error:.3f}" if bar.error is not None else ""
@@ -220,7 +210,7 @@ def _bar(bar: Bar, x: Scale, top: float, height: float, task: str) -> list[str]:
             f'M{tail:.1f} {middle - 3:.1f}v6"/>'
         )
     kind = "value strong" if bar.kind == "best" else "value"
-    parts.append(_text(tail + 5, top + height - 4, number, "start", kind))
+    parts.append(svg_text(tail + 5, top + height - 4, number, "start", kind))
     return parts
 
 
@@ -231,26 +221,8 @@ def _panel_marks(marks: Sequence[Mark], x: Scale, y: Scale, area: Box) -> list[s
     taken = [Box(x(m.x) - 4, y(m.y) - 4, x(m.x) + 4, y(m.y) + 4) for m in ordered if m.label or m.is_on_front]
     for mark in ordered:
         if mark.label:
-            parts += _labelled(x(mark.x), y(mark.y), mark.label, taken, area)
+            parts += labelled(x(mark.x), y(mark.y), mark.label, taken, area)
     return parts
-
-
-def _labelled(x: float, y: float, text: str, taken: list[Box], area: Box) -> list[str]:
-    """A label beside a point where there is room for it; none where there is not."""
-    width, half = _CHAR * len(text), _FONT / 2
-    places = [
-        (x + 8, y + 4, "start", x + 8),
-        (x - 8, y + 4, "end", x - 8 - width),
-        (x, y - 9, "middle", x - width / 2),
-        (x, y + 17, "middle", x - width / 2),
-    ]
-    for at, line, anchor, left in places:
-        box = Box(left, line - _FONT + 2, left + width, line + half - 3)
-        inside = box.left >= area.left and box.right <= area.right + 6 and box.top >= area.top - 8
-        if inside and box.bottom <= area.bottom and not any(box.meets(other) for other in taken):
-            taken.append(box)
-            return [_text(at, line, text, anchor, "label")]
-    return []
 
 
 def _best_so_far(marks: Sequence[Mark], x: Scale, y: Scale, right: float) -> str:
@@ -300,95 +272,9 @@ def _cell(
     ]
     if with_number and width > 30:
         ink = "on-dark" if share > 0.55 else ""
-        parts.append(_text(left + width / 2, top + height / 2 + 4, f"{value:.2f}", "middle", f"number {ink}"))
+        parts.append(svg_text(left + width / 2, top + height / 2 + 4, f"{value:.2f}", "middle", f"number {ink}"))
     return parts
-
-
-def _legend(left: float, top: float, most: float, has_negative: bool) -> list[str]:
-    """A ladder of shades with the numbers at its ends."""
-    steps = [share / 4 for share in range(4, (-5 if has_negative else -1), -1)]
-    size = 12.0 if has_negative else 16.0
-    parts = []
-    for place, share in enumerate(steps):
-        kind = "low" if share < 0 else "high"
-        parts.append(
-            f'<rect class="cell {kind}" x="{left:.1f}" y="{top + place * size:.1f}" width="12" height="{size - 1:.1f}" '
-            f'fill-opacity="{0.04 + 0.96 * abs(share):.3f}"/>'
-        )
-    low = -most if has_negative else 0.0
-    parts.append(_text(left + 17, top + 10, f"{most:.2g}", "start", "tick"))
-    parts.append(_text(left + 17, top + len(steps) * size - 3, f"{low:.2g}", "start", "tick"))
-    return parts
-
-
-def _grid(y: Scale, left: float, right: float) -> list[str]:
-    parts = []
-    for value, text in _ticks(y.low, y.high, 5):
-        at = y(value)
-        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(_text(left - 7, at + 4, text, "end", "tick"))
-    return parts
-
-
-def _axis_below(
-    x: Scale, bottom: float, top: float, name: str, *, whole: bool = False, lines: bool = False
-) -> list[str]:
-    parts = [f'<line class="base" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>']
-    count = 10 if whole else max(2, int((x.end - x.start) / 62))
-    for value, text in _ticks(x.low, x.high, count, whole=whole):
-        if lines:
-            parts.append(
-                f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-            )
-        parts.append(_text(x(value), bottom + 16, text, "middle", "tick"))
-    parts.append(_text((x.start + x.end) / 2, bottom + 34, name, "middle", "axis"))
-    return parts
-
-
-def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[tuple[float, str]]:
-    """Round numbers between two values, about `count` of them, with their text."""
-    raw = (high - low) / max(1, count)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    if whole:
-        step = max(1.0, math.ceil(step))
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    digits += not float(step * 10**digits).is_integer() and not whole
-    first = math.ceil(low / step - 1e-9)
-    values = [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
-    return [(value, f"{value + 0.0:.{digits}f}") for value in values]
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Scale:
-    """A scale with a margin around the values."""
-    margin = 0.07 * (high - low) or 0.05 * abs(high) or 0.5
-    return Scale(low - margin, high + margin, start, end)
-
-
-def _apart(places: Sequence[float], least: float) -> list[float]:
-    """The places, moved apart so that no two are closer than `least`; their order stays."""
-    order = sorted(range(len(places)), key=lambda place: places[place])
-    moved = list(places)
-    for before, after in pairwise(order):
-        moved[after] = max(moved[after], moved[before] + least)
-    return moved
 
 
 def _directed(name: str, more_is_better: bool) -> str:
     return f"{name} →" if more_is_better else f"← {name}"
-
-
-def _short(text: str, width: float) -> str:
-    most = max(3, int(width / _CHAR))
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str, *, turn: float = 0, tip: str = "") -> str:
-    around = f' transform="rotate({turn:g} {x:.1f} {y:.1f})"' if turn else ""
-    title = f"<title>{escape(tip)}</title>" if tip and tip != text else ""
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{around}>{title}{escape(text)}</text>'
-
-
-def _svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
-    body = "\n".join(part for part in parts if part)
-    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}">\n{body}\n</svg>'

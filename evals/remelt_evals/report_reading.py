@@ -133,8 +133,21 @@ def read_evaluations(
     tasks: dict[tuple[str, str], list[TaskReport]] = {}
     for row in read_table(reports, "metrics", filters=filters).to_pylist():
         tasks.setdefault((row["evaluation_id"], row["study"]), []).append(_task(row))
-    found = [_evaluation(row, tasks.get((row["evaluation_id"], row["study"]), [])) for row in runs]
+    labels = _labels(reports, runs)
+    found = [
+        _evaluation(row, labels.get(row["trial_id"]), tasks.get((row["evaluation_id"], row["study"]), []))
+        for row in runs
+    ]
     return sorted(found, key=lambda evaluation: evaluation.report.started_at)
+
+
+def _labels(reports: str | Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Labels by trial id, for runs that do not say theirs."""
+    studies = {row["study"] for row in runs if row["label"] is None and row["trial_id"] is not None}
+    if not studies or not (Path(reports) / "trials").is_dir():
+        return {}
+    rows = read_table(reports, "trials", columns=["trial_id", "label"], filters={"study": studies}).to_pylist()
+    return {row["trial_id"]: row["label"] for row in rows}
 
 
 def with_samples(reports: str | Path, evaluation: Evaluation) -> EvalReport:
@@ -242,7 +255,7 @@ def _trial(row: Mapping[str, Any]) -> TrialRow:
     return TrialRow(**fields)
 
 
-def _evaluation(row: Mapping[str, Any], tasks: Sequence[TaskReport]) -> Evaluation:
+def _evaluation(row: Mapping[str, Any], label: str | None, tasks: Sequence[TaskReport]) -> Evaluation:
     report = EvalReport(
         evaluation_id=row["evaluation_id"],
         checkpoint=row["checkpoint"],
@@ -265,7 +278,8 @@ def _evaluation(row: Mapping[str, Any], tasks: Sequence[TaskReport]) -> Evaluati
     context = RunContext(
         parents=tuple(ParentRow(**parent) for parent in row["parents"] or ()),
         coefficients=None if row["coefficients"] is None else dict(row["coefficients"]),
-        **{name: row[name] for name in RunContext.__slots__ if name not in ("parents", "coefficients")},
+        **{name: row[name] for name in RunContext.__slots__ if name not in ("parents", "coefficients", "label")},
+        label=row["label"] or label,
     )
     return Evaluation(report, context)
 

@@ -90,6 +90,14 @@ def test_the_winner_is_the_best_on_selection_items_where_no_trial_says_so(tmp_pa
     assert best_on_search.trial_number != WINNER
 
 
+def test_runs_that_do_not_say_their_label_take_that_of_their_trial(tmp_path: Path) -> None:
+    trials = write_study(tmp_path)
+    (one,) = read_evaluations(tmp_path, evaluation_ids=[trials[2].evaluation_ids[0]])
+    write_evaluation(tmp_path, with_samples(tmp_path, one), dataclasses.replace(one.context, label=None))
+    (found,) = read_evaluations(tmp_path, evaluation_ids=[one.report.evaluation_id])
+    assert found.context.label == found.name == "uniform"
+
+
 def test_samples_that_were_not_brought_along_are_missed(reports: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(reports, tmp_path / "copy")
     shutil.rmtree(copy / "samples" / "study=none")
