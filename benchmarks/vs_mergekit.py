@@ -314,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="time mergekit's flags and stop")
     parser.add_argument("--scratch", type=Path, help="folder for inputs and outputs, kept (default: a temporary one)")
     parser.add_argument("--reports", type=Path, default=REPORTS_DIR, help="folder for the table and the JSON")
+    parser.add_argument("--keep", action="store_true", help="keep the table's other methods, and replace those run now")
     parser.add_argument("--small", action="store_true", help="a 2-layer shape: a test of this script, not a benchmark")
     options = parser.parse_args(arguments)
     tools = (options.only,) if options.only else TOOLS
@@ -332,63 +333,111 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.tune:
             tune(options.methods, recipes, folders, options.mergekit_python, scratch)
             return
-        results: dict[str, dict[str, list[Measured]]] = {}
-        agreements: dict[str, dict[str, float]] = {}
+        report = Report(options, shape, tools, folders, input_bytes)
         outputs = {tool: scratch / f"out-{tool}" for tool in tools}
         for method in options.methods:
-            results[method] = {tool: [] for tool in tools}
+            runs: dict[str, list[Measured]] = {tool: [] for tool in tools}
             for run_number in range(options.runs):
                 # A/B, then B/A: neither tool always runs after the other.
                 for tool in tools if run_number % 2 == 0 else reversed(tools):
                     command = command_of(tool, recipes[method], outputs[tool], options.mergekit_python, FASTEST_FLAGS)
                     inputs = folders[1:] if method == "linear" else folders
                     run = timed_merge(command, outputs[tool], inputs)
-                    results[method][tool].append(run)
+                    runs[tool].append(run)
                     print(f"{method:16} {tool:9} {run.seconds:7.1f} s {megabytes(run.peak_bytes):>6} MB", flush=True)
+            agreement: dict[str, float] = {}
             if len(tools) == 2:
-                agreements[method] = compare_outputs(folders[0], outputs["remelt"], outputs["mergekit"])
+                agreement = compare_outputs(folders[0], outputs["remelt"], outputs["mergekit"])
                 if method not in RANDOM_METHODS:
-                    agreements[method] |= distances_to_reference(method, folders, outputs)
+                    agreement |= distances_to_reference(method, folders, outputs)
             for output in outputs.values():
                 shutil.rmtree(output, ignore_errors=True)
+            report.add(method, runs, agreement)
+    print(report.text())
 
-    tool_versions = {}
-    if "mergekit" in tools:
-        packages = ("mergekit", "torch", "safetensors", "transformers", "numpy")
-        tool_versions["mergekit"] = versions(options.mergekit_python, packages)
-    if "remelt" in tools:
-        tool_versions["remelt"] = versions(sys.executable, ("remelt", "torch", "numpy", "numba"))
-    intro = (
-        f"Base and {len(WEIGHTS)} fine-tunes of a {shape.num_layers}-layer Llama shape in bfloat16,"
-        f" {megabytes(input_bytes / len(folders))} MB each, warm page cache, {options.runs} runs of each tool in turn."
-        " Seconds are of the whole process: median (smallest to largest). Memory is the peak resident memory of the"
-        " process tree, mapped input files counted. remelt's time includes syncing its output to disk; mergekit leaves"
-        f" that to the kernel. mergekit's flags, the fastest found: `{' '.join(FASTEST_FLAGS)}`."
-    )
-    version_lines = "\n".join(
-        f"- {tool}: " + ", ".join(f"{name} {number}" for name, number in found.items())
-        for tool, found in tool_versions.items()
-    )
-    sections = [intro, version_lines, results_section(results, tools)]
-    if agreements:
-        sections.append(agreement_section(agreements))
-    data = {
-        "versions": tool_versions,
-        "flags": list(FASTEST_FLAGS),
-        "runs": {
+
+class Report:
+    """The table and the JSON, written anew after each method."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        shape: LlamaShape,
+        tools: Sequence[str],
+        folders: Sequence[Path],
+        input_bytes: int,
+    ) -> None:
+        self.options, self.shape, self.tools = options, shape, tools
+        self.checkpoint_bytes = input_bytes / len(folders)
+        self.results: dict[str, dict[str, list[Measured]]] = {}
+        self.agreements: dict[str, dict[str, float]] = {}
+        self.versions = {}
+        if "mergekit" in tools:
+            packages = ("mergekit", "torch", "safetensors", "transformers", "numpy")
+            self.versions["mergekit"] = versions(options.mergekit_python, packages)
+        if "remelt" in tools:
+            self.versions["remelt"] = versions(sys.executable, ("remelt", "torch", "numpy", "numba"))
+        kept = options.reports / "vs_mergekit.json"
+        if options.keep and kept.exists():
+            self._keep(json.loads(kept.read_text()))
+
+    def _keep(self, data: Mapping[str, Any]) -> None:
+        if data["versions"] != self.versions or data["flags"] != list(FASTEST_FLAGS):
+            raise SystemExit("--keep: the table there was made with other versions or flags")
+        self.agreements = {method: dict(found) for method, found in data["agreement"].items()}
+        self.results = {
             method: {
-                tool: [
-                    {"seconds": run.seconds, "cpu_seconds": run.cpu_seconds, "peak_bytes": run.peak_bytes}
-                    for run in made
-                ]
+                tool: [Measured(run["seconds"], run["peak_bytes"], run["cpu_seconds"], 0, "") for run in made]
                 for tool, made in by_tool.items()
             }
-            for method, by_tool in results.items()
-        },
-        "agreement": agreements,
-    }
-    write_report("vs_mergekit", "remelt against mergekit", sections, data, folder=options.reports)
-    print("\n\n".join(sections[2:]))
+            for method, by_tool in data["runs"].items()
+        }
+
+    def add(self, method: str, runs: dict[str, list[Measured]], agreement: dict[str, float]) -> None:
+        """Take a method's runs, and write everything."""
+        self.results[method], self.agreements[method] = runs, agreement
+        self.results = {name: self.results[name] for name in OPTIONS if name in self.results}
+        self.agreements = {name: self.agreements[name] for name in OPTIONS if self.agreements.get(name)}
+        data = {
+            "versions": self.versions,
+            "flags": list(FASTEST_FLAGS),
+            "runs": {
+                name: {
+                    tool: [
+                        {"seconds": run.seconds, "cpu_seconds": run.cpu_seconds, "peak_bytes": run.peak_bytes}
+                        for run in made
+                    ]
+                    for tool, made in by_tool.items()
+                }
+                for name, by_tool in self.results.items()
+            },
+            "agreement": self.agreements,
+        }
+        sections = [self._intro(), self._versions(), self.text()]
+        write_report("vs_mergekit", "remelt against mergekit", sections, data, folder=self.options.reports)
+
+    def text(self) -> str:
+        """Times, memory, and how far the outputs agree."""
+        parts = [results_section(self.results, self.tools)]
+        if self.agreements:
+            parts.append(agreement_section(self.agreements))
+        return "\n\n".join(parts)
+
+    def _intro(self) -> str:
+        return (
+            f"Base and {len(WEIGHTS)} fine-tunes of a {self.shape.num_layers}-layer Llama shape in bfloat16,"
+            f" {megabytes(self.checkpoint_bytes)} MB each, warm page cache, {self.options.runs} runs of each tool in"
+            " turn. Seconds are of the whole process: median (smallest to largest). Memory is the peak resident memory"
+            " of the process tree, mapped input files counted. remelt's time includes syncing its output to disk;"
+            " mergekit leaves that to the kernel. mergekit's flags, the fastest found:"
+            f" `{' '.join(FASTEST_FLAGS)}`."
+        )
+
+    def _versions(self) -> str:
+        return "\n".join(
+            f"- {tool}: " + ", ".join(f"{name} {number}" for name, number in found.items())
+            for tool, found in self.versions.items()
+        )
 
 
 if __name__ == "__main__":

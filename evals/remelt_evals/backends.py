@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from remelt.errors import EvaluationError
@@ -25,6 +25,12 @@ class BackendOptions:
     threads: int | None = None
     """CPU threads of torch; None leaves its default. No part of the evaluation id."""
     trust_remote_code: bool = False
+    model: str | None = None
+    """For the backend `lm_eval`: its name of a model type, such as `vllm` or `local-completions`."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """For the backend `lm_eval`: what the model type is given; `{checkpoint}` in a text stands for the folder."""
+    interpreter: str | None = None
+    """Python of the environment that evaluates, with remelt installed in it; None is this one. Its versions count."""
 
 
 class LoadedModel(NamedTuple):
@@ -61,9 +67,16 @@ def _load_dummy(checkpoint: str, digest: str, batch_size: int, options: BackendO
     return load(digest)
 
 
+def _load_lm_eval(checkpoint: str, digest: str, batch_size: int, options: BackendOptions) -> LoadedModel:
+    from remelt_evals.lm_eval_backend import load
+
+    return load(checkpoint, batch_size, options)
+
+
 BACKENDS: Mapping[str, Backend] = {
     "hf": Backend(_load_hf, ("lm-eval", "transformers", "torch", "datasets", "tokenizers")),
     "dummy": Backend(_load_dummy, ("lm-eval", "datasets"), needs_checkpoint=False),
+    "lm_eval": Backend(_load_lm_eval, ("lm-eval", "datasets", "transformers", "torch", "vllm")),
 }
 
 
@@ -84,11 +97,20 @@ def backend_identity(options: BackendOptions) -> dict[str, Any]:
     Threads and the number of a device are left out: they say where it runs, and move a log-likelihood by rounding at
     most, as another machine of the same kind would.
     """
-    versions = {name: importlib.metadata.version(name) for name in find_backend(options).distributions}
-    return {
+    identity = {
         "name": options.name,
         "device": options.device.partition(":")[0],
         "dtype": options.dtype,
         "trust_remote_code": options.trust_remote_code,
-        "versions": versions,
+        "versions": {name: version for name in find_backend(options).distributions if (version := _version(name))},
     }
+    if options.model is not None:
+        identity |= {"model": options.model, "model_args": dict(options.model_args)}
+    return identity
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

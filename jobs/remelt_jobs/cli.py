@@ -11,7 +11,7 @@ import typer
 
 from remelt import __version__
 from remelt.errors import RemeltError
-from remelt_jobs import merge_commands, report_commands, search_commands, select_commands
+from remelt_jobs import merge_commands, report_commands, search_commands, select_commands, status_command
 
 app = typer.Typer(
     name="remelt",
@@ -51,6 +51,7 @@ app.command("evaluate")(search_commands.evaluate)
 app.command("search")(search_commands.search)
 app.command("select")(select_commands.select)
 app.add_typer(report_commands.app)
+app.command("status")(status_command.status)
 app.command("demo")(search_commands.demo)
 
 

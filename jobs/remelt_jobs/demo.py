@@ -63,7 +63,7 @@ def run_demo(output: Path = Path("remelt-demo"), *, progress: OnProgress | None 
         study_path.write_text(dump_yaml(demo_study()))
     config = load_study(study_path)
     print(
-        f"Merging {', '.join(zoo.ABILITIES)}: four fine-tunes of one small Llama, {config.num_trials} trials on "
+        f"Merging {', '.join(zoo.ABILITIES)}: four fine-tunes of one small Llama, {config.budget.trials} trials on "
         f"{config.evaluators.count} evaluators",
         flush=True,
     )

@@ -37,6 +37,8 @@ class _Slot:
     actor: Any
     reference: Any
     since: float
+    group: Any = None
+    """The placement group of an evaluator of several nodes."""
     is_up: bool = False
     job: _Job | None = None
     first_bytes: int = 0
@@ -69,10 +71,8 @@ class EvaluatorPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import ray
-
         for slot in self._slots:
-            ray.kill(slot.actor)
+            _end(slot)
         self._slots = []
 
     @property
@@ -114,13 +114,22 @@ class EvaluatorPool:
 
     def _start(self, number: int) -> _Slot:
         import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        options: dict[str, Any] = {"num_cpus": self.evaluators.cpus, "num_gpus": self.evaluators.gpus}
-        if self.evaluators.memory_bytes is not None:
-            options["memory"] = self.evaluators.memory_bytes
+        wanted = self.evaluators
+        options: dict[str, Any] = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
+        if wanted.memory_bytes is not None:
+            options["memory"] = wanted.memory_bytes
+        group = None
+        if wanted.nodes > 1:
+            group = _reserve(wanted)
+            # What the evaluator starts (a server's workers, say) finds the resources of all its nodes in the group.
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+            )
         actor_class = ray.remote(TrialEvaluator).options(max_restarts=0, name=None, **options)
-        actor = actor_class.remote(self.backend, self.evaluators.scratch, self.name, self.fence, number)
-        return _Slot(number, actor, actor.ready.remote(), time.monotonic())
+        actor = actor_class.remote(self.backend, wanted.scratch, self.name, self.fence, number)
+        return _Slot(number, actor, actor.ready.remote(), time.monotonic(), group)
 
     def _give(self, job: _Job) -> None:
         slot = next(slot for slot in self._slots if slot.is_up and slot.job is None)
@@ -174,15 +183,13 @@ class EvaluatorPool:
         return {}
 
     def _replace(self, slot: _Slot, start_failure: Exception | None = None) -> None:
-        import ray
-
         if start_failure is not None:
             self._start_failures += 1
             if self._start_failures >= MAX_START_FAILURES:
                 raise StudyError(
                     f"{self._start_failures} evaluators in a row failed to start: {_reason(start_failure)}"
                 ) from start_failure
-        ray.kill(slot.actor)
+        _end(slot)
         self._slots[self._slots.index(slot)] = self._start(slot.number)
 
     def _no_evaluator(self) -> str:
@@ -190,6 +197,8 @@ class EvaluatorPool:
 
         wanted = self.evaluators
         asked = f"{wanted.cpus:g} CPUs, {wanted.gpus:g} GPUs"
+        if wanted.nodes > 1:
+            asked = f"{wanted.nodes} nodes of {asked} each"
         if wanted.memory_bytes is not None:
             asked += f", {wanted.memory_bytes / 1e9:.1f} GB"
         total = ray.cluster_resources()
@@ -198,6 +207,25 @@ class EvaluatorPool:
             f"the cluster has {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs, "
             f"{total.get('memory', 0) / 1e9:.1f} GB in all; ask for less under `evaluators:`, or give the cluster more"
         )
+
+
+def _reserve(wanted: Evaluators) -> Any:
+    """A placement group with one bundle on each of an evaluator's nodes: all of them, or none yet."""
+    from ray.util.placement_group import placement_group
+
+    bundle = {"CPU": wanted.cpus, "GPU": wanted.gpus, "memory": float(wanted.memory_bytes or 0)}
+    bundle = {name: amount for name, amount in bundle.items() if amount}
+    return placement_group([bundle] * wanted.nodes, strategy="STRICT_SPREAD")
+
+
+def _end(slot: _Slot) -> None:
+    """End an evaluator and give its nodes back."""
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    ray.kill(slot.actor)
+    if slot.group is not None:
+        remove_placement_group(slot.group)
 
 
 def has_grown(first_bytes: int, now_bytes: int) -> bool:

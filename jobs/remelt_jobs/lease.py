@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -143,6 +144,20 @@ def newest_fence(directory: Path) -> int:
     except FileNotFoundError:
         return 0
     return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def lease_state(directory: Path) -> str:
+    """Who drives, in words, for those who only look; takes the heartbeat's age by this host's clock."""
+    fence = newest_fence(directory)
+    if not fence:
+        return "nobody yet"
+    holder, is_released = _read_holder(directory, fence)
+    if is_released:
+        return f"nobody: lease {fence} was released"
+    if holder is not None and holder.is_dead():
+        return f"nobody: {holder} is dead (lease {fence}); run the same command again to go on"
+    age = max(0.0, time.time() - (_lease_dir(directory) / fence_name(fence)).stat().st_mtime)
+    return f"{holder or 'a driver that has only begun'} (lease {fence}, heartbeat {age:.0f} s ago)"
 
 
 def fence_name(fence: int) -> str:

@@ -25,13 +25,31 @@ def evaluate(
     reports: Annotated[Path, typer.Option("--reports", help="Directory of the Parquet tables.")],
     role: Annotated[RoleName, typer.Option("--role", help="Whose items.")] = RoleName.REPORT,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many items of each task.")] = None,
-    backend: Annotated[str, typer.Option("--backend", help="hf, or dummy (random answers, to try a suite).")] = "hf",
+    backend: Annotated[
+        str, typer.Option("--backend", help="hf, lm_eval (see --model), or dummy (random answers, to try a suite).")
+    ] = "hf",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Any lm-eval model type: vllm, local-completions... (backend lm_eval)."),
+    ] = None,
+    model_args: Annotated[
+        list[str] | None,
+        typer.Option("--model-arg", help="NAME=VALUE for the model type; {checkpoint} is the folder. Repeat for more."),
+    ] = None,
+    interpreter: Annotated[
+        str | None,
+        typer.Option("--python", help="Interpreter of another environment that has remelt and the model type."),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Folder of evaluations by id: what is there is not scored again.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds for the evaluation.")] = None,
 ) -> None:
     """Score a checkpoint with lm-eval in a process of its own, and write Parquet reports."""
     from remelt_evals.backends import BackendOptions
     from remelt_evals.eval_report import EvalRequest, objective
+    from remelt_evals.evaluation_cache import evaluate_once
     from remelt_evals.evaluator_process import EvaluatorProcess
     from remelt_evals.report_tables import write_evaluation
     from remelt_jobs.candidates import open_for_evaluation
@@ -46,9 +64,11 @@ def evaluate(
         role=role.value,
         limit=limit,
     )
-    options = BackendOptions(name=backend, device=device)
-    with EvaluatorProcess(options, timeout_seconds=timeout) as evaluator:
-        report = evaluator.evaluate(request)
+    options = BackendOptions(
+        name="lm_eval" if model else backend, device=device, model=model, model_args=_read_arguments(model_args or [])
+    )
+    with EvaluatorProcess(options, interpreter=interpreter, timeout_seconds=timeout) as evaluator:
+        report = evaluate_once(evaluator, request, cache)
     paths = write_evaluation(reports, report)
     if not report.is_ok:
         raise EvaluationError(f"{checkpoint}: {report.error}; the failure is recorded in {paths[0]}")
@@ -61,6 +81,19 @@ def evaluate(
         print(f"note: {note}")
     for path in paths:
         print(f"wrote {path}")
+
+
+def _read_arguments(pairs: list[str]) -> dict[str, object]:
+    """NAME=VALUE pairs; values as YAML reads them, so that numbers and booleans are such."""
+    from remelt.strict_config import parse_yaml
+
+    arguments = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise EvaluationError(f"--model-arg {pair!r}: expected NAME=VALUE, such as dtype=bfloat16")
+        arguments[name.strip()] = parse_yaml(value, where=f"--model-arg {name}", error=EvaluationError)
+    return arguments
 
 
 def search(

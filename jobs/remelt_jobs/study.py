@@ -21,9 +21,10 @@ from remelt.executor import Executor
 from remelt.merge import merge_recipe, open_checkpoints
 from remelt.planner import build_plan
 from remelt.receipts import write_file_durably
-from remelt.searchers import build_searcher
+from remelt.searchers import TrialState, build_searcher
 from remelt.verify import verify_merge
-from remelt_evals.eval_report import Role, report_to_json
+from remelt_evals.eval_report import EvalReport, Role, report_from_json, report_to_json
+from remelt_evals.ladder import without_texts
 from remelt_jobs.candidates import (
     Candidate,
     bound_recipe,
@@ -70,9 +71,9 @@ def run_study(
         RecipeError, CheckpointError, MismatchError, BudgetError: Before anything is started.
     """
     _refuse_foreign(output)
-    state = StudyState.of(read_journal(output))
+    state = StudyState.of(read_journal(output), *config.scoring)
     _check_identity(config, state, output)
-    if state.num_done >= config.num_trials:
+    if state.is_done and config.budget.is_spent(state.spent(), config.evaluators.gpus):
         return build_result(config, state, output, is_reused=True)
     identity = _plan_ahead(config)
     with ExitStack() as stack:
@@ -81,7 +82,7 @@ def run_study(
         )
         journal = stack.enter_context(Journal(output, lease))
         # Started on the spot, a cluster holds all evaluators, and one worker for the winner's merge.
-        num_cpus = math.ceil(config.evaluators.count * config.evaluators.cpus) + 1
+        num_cpus = math.ceil(config.evaluators.count * config.evaluators.nodes * config.evaluators.cpus) + 1
         stack.enter_context(ray_session(num_cpus=max(num_cpus, len(os.sched_getaffinity(0)))))
         study = _Study(config, output, lease, journal, executor, progress or (lambda step: None))
         return study.run(identity)
@@ -113,10 +114,17 @@ def _plan_ahead(config: StudyConfig) -> Record:
     plan = build_plan(config.recipe.bind(uniform.values), indexes)
     if plan.warnings:
         raise RecipeError("this recipe cannot be searched: " + "; ".join(plan.warnings))
+    evaluators, size = config.evaluators, plan.write_bytes
+    if evaluators.disk_bytes is not None and size * evaluators.count > evaluators.disk_bytes:
+        raise StudyError(
+            f"{evaluators.count} candidates of {size / 1e9:.2f} GB lie on disk at one time, above the "
+            f"{evaluators.disk_bytes / 1e9:.2f} GB of `evaluators: disk`; give more, or have fewer evaluators"
+        )
     return {
         "type": "study",
         "study_id": config.study_id,
         "canonical": config.canonical(),
+        "weights": list(config.scoring[1]),
         "inputs": {
             ref.name: checkpoint_identity(index) for ref, index in zip(config.recipe.checkpoints, indexes, strict=True)
         },
@@ -142,7 +150,8 @@ class _Study:
         self.journal = journal
         self.executor = executor
         self.on_progress = on_progress
-        self.state = StudyState.of(journal.records)
+        self.state = StudyState.of(journal.records, *config.scoring)
+        self._incumbent_report: EvalReport | None = None
         self.recipe = with_absolute_paths(config.recipe)
         self.reports = config.reports or output / REPORTS
         self.starts = starting_candidates(config.recipe, config.space)
@@ -170,6 +179,7 @@ class _Study:
         _check_identity(self.config, self.state, self.output)
         if self.state.identity is None:
             self._record(identity)
+            self._record({"type": "session"})
             return
         known = self.state.identity
         changed = [name for name, digest in identity["inputs"].items() if known["inputs"].get(name) != digest]
@@ -183,6 +193,7 @@ class _Study:
                 f"{self.output} was begun with numerics {known['numerics']}, this host computes with "
                 f"{identity['numerics']}; go on where it was begun, or choose another --output"
             )
+        self._record({"type": "session"})
 
     def _pool(self) -> EvaluatorPool:
         backend = replace(self.config.backend, threads=max(1, int(self.config.evaluators.cpus)))
@@ -205,14 +216,23 @@ class _Study:
         """Trials until the budget is spent: what a dead driver left, then the starts, then the searcher's."""
         abandoned = list(self.state.unfinished)
         watch = Watch(len(self.state.finished))
-        while len(self.state.finished) < self.config.num_trials:
+        while len(self.state.finished) < len(self.state.candidates) or self._may_ask():
             evaluators = pool.open()
-            while evaluators.has_room and (abandoned or len(self.state.candidates) < self.config.num_trials):
+            while evaluators.has_room and (abandoned or self._may_ask()):
                 candidate = abandoned.pop(0) if abandoned else self._ask()
                 evaluators.submit(str(candidate.number), self._work(candidate, "search"))
             for key, outcome in evaluators.wait(POLL_SECONDS).items():
                 self._finish_trial(self.state.candidates[int(key)], outcome)
-                self._tell("search", watch, len(self.state.finished), self.config.num_trials, self._sentence(int(key)))
+                total = self.config.budget.trials or len(self.state.candidates)
+                self._tell("search", watch, len(self.state.finished), total, self._sentence(int(key)))
+
+    def _may_ask(self) -> bool:
+        """Whether another candidate is wanted; the starts always are."""
+        num_asked, budget = len(self.state.candidates), self.config.budget
+        if num_asked < len(self.starts):
+            return True
+        spent = self.state.spent(datetime.now(UTC))._replace(trials=num_asked)
+        return not budget.is_spent(spent, self.config.evaluators.gpus)
 
     def _ask(self) -> Candidate:
         """The next candidate, on disk before anything is done with it."""
@@ -231,11 +251,28 @@ class _Study:
     def _finish_trial(self, candidate: Candidate, outcome: Outcome) -> None:
         self._keep_report(candidate, outcome)
         self._record({"type": "finished", "trial": candidate.number, **outcome_fields(outcome)})
+        self._keep_incumbent(candidate, outcome)
         write_trials_so_far(self.reports, self.config, self.state)
+
+    def _keep_incumbent(self, candidate: Candidate, outcome: Outcome) -> None:
+        """Remember the items of the best trial: what climbs the ladder is compared with it."""
+        if len(self.config.rungs) > 1 and self.state.ranking[:1] == [candidate.number] and outcome.report is not None:
+            self._write_evaluation(outcome.report)
+
+    def _incumbent(self) -> EvalReport | None:
+        if not self.state.ranking:
+            return None
+        evaluation_id = self.state.finished[self.state.ranking[0]]["evaluation_id"]
+        if self._incumbent_report is None or self._incumbent_report.evaluation_id != evaluation_id:
+            path = self._evaluation_path(evaluation_id)
+            # Where the objective depends on other trials, an old one may have become the best; it was not kept.
+            self._incumbent_report = without_texts(report_from_json(path.read_text())) if path.exists() else None
+        return self._incumbent_report
 
     def _work(self, candidate: Candidate, role: Role) -> Work:
         evaluators = self.config.evaluators
         place = candidate.model
+        climbs = role == "search" and candidate.origin == "searcher" and len(self.config.rungs) > 1
         return Work(
             recipe=bound_recipe(self.recipe, candidate),
             checkpoint=None if place is None else self.recipe.checkpoints[place].source,
@@ -245,6 +282,10 @@ class _Study:
             memory_bytes=None if evaluators.memory_bytes is None else evaluators.memory_bytes // 2,
             num_evaluators=evaluators.count,
             threads=max(1, int(evaluators.cpus)),
+            rungs=self.config.rungs if climbs else (None,),
+            incumbent=self._incumbent() if climbs else None,
+            on_every_entry=self.state.objective.is_several,
+            cache=None if self.config.cache is None else str(self.config.cache.absolute()),
         )
 
     # Selection
@@ -337,10 +378,15 @@ class _Study:
         self.lease.check()
         write_candidate(self.reports, self.config, self.inputs, candidate, outcome)
         if outcome.report.role == "report" and outcome.report.is_ok:
-            folder = self.output / EVALUATIONS
-            folder.mkdir(exist_ok=True)
-            path = folder / f"{outcome.report.evaluation_id}.json"
-            write_file_durably(path, report_to_json(outcome.report).encode())
+            self._write_evaluation(outcome.report)
+
+    def _write_evaluation(self, report: EvalReport) -> None:
+        path = self._evaluation_path(report.evaluation_id)
+        path.parent.mkdir(exist_ok=True)
+        write_file_durably(path, report_to_json(report).encode())
+
+    def _evaluation_path(self, evaluation_id: str) -> Path:
+        return self.output / EVALUATIONS / f"{evaluation_id}.json"
 
     # Progress
 
@@ -348,7 +394,9 @@ class _Study:
         record, label = self.state.finished[number], self.state.candidates[number].label
         if record["failure"]:
             return f"{label} failed: {record['failure']}"
-        return f"{label} scored {record['score']:.4f} in {record['seconds']:.1f} s"
+        if record["state"] == TrialState.STOPPED:
+            return f"{label} stopped after {record['fidelity']}: about {record['score']:.4f}"
+        return f"{label} scored {self.state.scores[number]:.4f} in {record['seconds']:.1f} s"
 
     def _tell(self, phase: Phase, watch: Watch, num_done: int, num_total: int, last: str) -> None:
         best = self.state.ranking[0] if self.state.ranking else None

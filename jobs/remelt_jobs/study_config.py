@@ -3,16 +3,19 @@
     recipe: merge.yaml            # or a recipe written here; its ranges are what is searched
     suite: zoo                    # or the path of a suite's YAML
     searcher: cmaes               # or {name: cmaes, sigma: 0.2, population: 8}
-    objective: macro mean
-    budget: {trials: 60}          # every trial counts, the uniform merge and the single parents included
-    evaluators: {count: 2, cpus: 1, gpus: 0, memory: 4GB, timeout_seconds: 1800}
-    backend: {name: hf, device: cpu, dtype: auto}
+    objective: macro mean         # or standardised mean, mean rank, worst task, several
+    budget: {trials: 60}          # the first to be spent of trials, gpu_hours and wall_hours ends the search
+    fidelity: [50, 200]           # score so many items of each eval task first; what is clearly worse stops there
+    evaluators: {count: 2, nodes: 1, cpus: 1, gpus: 0, memory: 4GB, disk: 40GB, timeout_seconds: 1800}
+    backend: {name: hf, device: cpu, dtype: auto}    # or {name: lm_eval, model: vllm, interpreter: P}
+    cache: evaluations            # folder of evaluations by id, for all studies that name it
     finalists: 4                  # scored again on selection items, beside the best parent and the uniform merge
     seed: 0
     reports: reports              # Parquet tables; by default in the study's output
 
-Paths are relative to the study file. Budget, evaluators and reports are no part of what a study is: they may change
-between one run of it and the next.
+Paths are relative to the study file. Every trial counts, the uniform merge and the single parents included; those are
+always scored. Budget, evaluators, cache and reports are no part of what a study is: they may change between one run of
+it and the next.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from remelt.errors import RecipeError, StudyError
 from remelt.recipe import Recipe
@@ -31,10 +34,13 @@ from remelt.searchers import SearchSpace, build_searcher, searcher_options
 from remelt.strict_config import Section, load_yaml
 from remelt_evals.backends import BACKENDS, BackendOptions
 from remelt_evals.eval_report import ROLES
+from remelt_evals.ladder import rungs_of
+from remelt_evals.lm_eval_backend import names_one_model
+from remelt_evals.objectives import OBJECTIVES, Objective
 from remelt_evals.suite import Suite, load_suite
 from remelt_jobs.candidates import starting_candidates
+from remelt_jobs.study_state import Spent
 
-OBJECTIVES = ("macro mean",)
 ZOO = "zoo"
 """The suite that comes with remelt."""
 
@@ -44,8 +50,10 @@ _KEYS = [
     "searcher",
     "objective",
     "budget",
+    "fidelity",
     "evaluators",
     "backend",
+    "cache",
     "finalists",
     "seed",
     "reports",
@@ -54,12 +62,35 @@ _KEYS = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """When a search ends: with the first of these that is spent. At least one is given."""
+
+    trials: int | None = None
+    gpu_hours: float | None = None
+    """Time of evaluators, merges included, times the GPUs of one."""
+    wall_hours: float | None = None
+    """While a driver is at work."""
+
+    def is_spent(self, spent: Spent, gpus: float) -> bool:
+        """Whether the search is over, given what it used and the GPUs of an evaluator."""
+        return (
+            (self.trials is not None and spent.trials >= self.trials)
+            or (self.gpu_hours is not None and spent.evaluator_seconds * gpus >= self.gpu_hours * 3600)
+            or (self.wall_hours is not None and spent.wall_seconds >= self.wall_hours * 3600)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluators:
     """How many evaluators, and what each of them asks of the cluster."""
 
     count: int = 1
+    nodes: int = 1
+    """Of one evaluator: CPUs, GPUs and memory are those of each of its nodes, had all at once or not at all."""
     cpus: float = 1
     gpus: float = 0
+    disk_bytes: int | None = None
+    """What all candidates on disk at one time may take; one for each evaluator."""
     memory_bytes: int | None = None
     """For Ray's scheduler, and the bound on what a merge in the evaluator may hold."""
     timeout_seconds: float = 3600.0
@@ -78,14 +109,19 @@ class StudyConfig:
     suite: Suite
     searcher: str
     searcher_options: Mapping[str, float] = field(default_factory=dict)
-    objective: Literal["macro mean"] = "macro mean"
-    num_trials: int
+    objective: str = "macro mean"
+    """A name in `remelt_evals.objectives.OBJECTIVES`."""
+    budget: Budget
+    fidelity: tuple[int, ...] = ()
+    """Limits on the items of each eval task, before all of them."""
     evaluators: Evaluators = field(default_factory=Evaluators)
     backend: BackendOptions = field(default_factory=BackendOptions)
     finalists: int = 4
     seed: int = 0
     reports: Path | None = None
     """None is `reports` in the output."""
+    cache: Path | None = None
+    """Folder of evaluations by id; None scores everything anew."""
     allow_public_benchmarks: bool = False
 
     def __post_init__(self) -> None:
@@ -96,9 +132,19 @@ class StudyConfig:
         """What the searcher searches: the recipe's variables and simplex groups."""
         return SearchSpace(self.recipe.variables, self.recipe.constraints.simplex)
 
+    @property
+    def scoring(self) -> tuple[Objective, tuple[float, ...]]:
+        """The objective, and the weights of the suite's entries."""
+        return OBJECTIVES[self.objective], tuple(task.weight for task in self.suite.tasks)
+
+    @property
+    def rungs(self) -> tuple[int | None, ...]:
+        """The fidelities of a search trial, from few items to all."""
+        return rungs_of(self.fidelity)
+
     def canonical(self) -> dict[str, Any]:
         """What the study is, as JSON values: everything that can change a trial, and nothing that cannot."""
-        return {
+        canonical: dict[str, Any] = {
             "recipe": self.recipe.canonical(),
             "suite": {"name": self.suite.name, "digest": self.suite.digest},
             "searcher": {"name": self.searcher, **searcher_options(self.searcher), **self.searcher_options},
@@ -112,6 +158,11 @@ class StudyConfig:
             "finalists": self.finalists,
             "seed": self.seed,
         }
+        if self.fidelity:
+            canonical["fidelity"] = list(self.fidelity)
+        if self.backend.model is not None:
+            canonical["backend"] |= {"model": self.backend.model, "model_args": dict(self.backend.model_args)}
+        return canonical
 
     @property
     def study_id(self) -> str:
@@ -135,20 +186,20 @@ def parse_study(document: Mapping[str, Any], *, where: str = "study", folder: Pa
     top = Section(document, where)
     top.allow(_KEYS)
     searcher = top.section("searcher") if isinstance(top.values.get("searcher"), Mapping) else None
-    budget = top.section("budget")
-    budget.allow(("trials",))
     return StudyConfig(
         recipe=_read_recipe(top, where, folder),
         suite=load_suite(suite_path(top.text("suite"), folder)),
         searcher=searcher.text("name") if searcher else top.text("searcher", "cmaes"),
         searcher_options={key: value for key, value in searcher.values.items() if key != "name"} if searcher else {},
-        objective=cast(Literal["macro mean"], top.choice("objective", OBJECTIVES, OBJECTIVES[0])),
-        num_trials=budget.integer("trials", low=1),
+        objective=top.choice("objective", OBJECTIVES.keys(), "macro mean"),
+        budget=_read_budget(top.section("budget")),
+        fidelity=_read_fidelity(top),
         evaluators=_read_evaluators(top.section("evaluators")),
         backend=_read_backend(top.section("backend")),
         finalists=top.integer("finalists", 4, low=1),
         seed=top.integer("seed", 0, low=0, high=2**63 - 1),
         reports=folder / top.text("reports") if top.has("reports") else None,
+        cache=folder / top.text("cache") if top.has("cache") else None,
         allow_public_benchmarks=top.flag("allow_public_benchmarks", False),
     )
 
@@ -169,14 +220,41 @@ def _read_recipe(top: Section, where: str, folder: Path) -> Recipe:
     return parse_recipe(load_yaml(path), where=str(path))
 
 
+def _read_budget(section: Section) -> Budget:
+    section.allow(("trials", "gpu_hours", "wall_hours"))
+    if not section.values:
+        section.refuse("give trials, gpu_hours or wall_hours, or several of them")
+    return Budget(
+        trials=section.integer("trials", low=1) if section.has("trials") else None,
+        gpu_hours=section.number("gpu_hours", low=0) if section.has("gpu_hours") else None,
+        wall_hours=section.number("wall_hours", low=0) if section.has("wall_hours") else None,
+    )
+
+
+def _read_fidelity(top: Section) -> tuple[int, ...]:
+    if not top.has("fidelity"):
+        return ()
+    limits = top.items("fidelity")
+    for limit in limits:
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            top.refuse(
+                f"{limit!r} is no number of items; give a list such as [50, 200], all items come after", "fidelity"
+            )
+    return tuple(sorted({int(limit) for limit in limits}))
+
+
 def _read_evaluators(section: Section) -> Evaluators:
-    section.allow(("count", "cpus", "gpus", "memory", "timeout_seconds", "start_timeout_seconds", "scratch"))
+    section.allow(
+        ("count", "nodes", "cpus", "gpus", "memory", "disk", "timeout_seconds", "start_timeout_seconds", "scratch")
+    )
     default = Evaluators()
     return Evaluators(
         count=section.integer("count", default.count, low=1),
+        nodes=section.integer("nodes", default.nodes, low=1),
         cpus=section.number("cpus", default.cpus, low=0),
         gpus=section.number("gpus", default.gpus, low=0),
         memory_bytes=section.size_bytes("memory") if section.has("memory") else None,
+        disk_bytes=section.size_bytes("disk") if section.has("disk") else None,
         timeout_seconds=section.number("timeout_seconds", default.timeout_seconds, low=1),
         start_timeout_seconds=section.number("start_timeout_seconds", default.start_timeout_seconds, low=1),
         scratch=section.text("scratch") if section.has("scratch") else None,
@@ -184,13 +262,21 @@ def _read_evaluators(section: Section) -> Evaluators:
 
 
 def _read_backend(section: Section) -> BackendOptions:
-    section.allow(("name", "device", "dtype", "trust_remote_code"))
+    section.allow(("name", "device", "dtype", "trust_remote_code", "model", "model_args", "interpreter"))
     default = BackendOptions()
+    name = section.choice("name", BACKENDS.keys(), default.name)
+    if (name == "lm_eval") != section.has("model"):
+        section.refuse(
+            "backend lm_eval runs lm-eval's own model types: give `name: lm_eval` and a `model`, such as vllm, together"
+        )
     return BackendOptions(
-        name=section.choice("name", BACKENDS.keys(), default.name),
+        name=name,
         device=section.text("device", default.device),
         dtype=section.text("dtype", default.dtype),
         trust_remote_code=section.flag("trust_remote_code", False),
+        model=section.text("model") if section.has("model") else None,
+        model_args=section.section("model_args").values if section.has("model_args") else {},
+        interpreter=section.text("interpreter") if section.has("interpreter") else None,
     )
 
 
@@ -209,9 +295,20 @@ def _check(config: StudyConfig) -> None:
             "optimised on them say little. Give tasks of your own in its `tasks_dir`, or set "
             "`allow_public_benchmarks: true` in the study, and its report will say so"
         )
+    if config.backend.model is not None and names_one_model(config.backend.model_args):
+        raise StudyError(
+            f"backend: model_args of {config.backend.model} name a model of their own, so that every candidate would "
+            "get the scores of that one; put {checkpoint} where the candidate's folder is to go"
+        )
     num_starts = len(starting_candidates(config.recipe, config.space))
-    if config.num_trials <= num_starts:
+    trials, gpu_hours = config.budget.trials, config.budget.gpu_hours
+    if gpu_hours is not None and not config.evaluators.gpus:
+        raise StudyError(
+            "budget: gpu_hours, but evaluators ask for no GPU; give `evaluators: {gpus: 1}`, or a budget of trials or "
+            "wall_hours"
+        )
+    if trials is not None and trials <= num_starts:
         raise RecipeError(
-            f"budget: {config.num_trials} trials, but {num_starts} of them are the uniform merge, the single parents "
+            f"budget: {trials} trials, but {num_starts} of them are the uniform merge, the single parents "
             f"and the recipe's own start; give at least {num_starts + 1}"
         )

@@ -37,6 +37,9 @@ def write_candidate(
         recipe_json=None if recipe is None else json.dumps(recipe.canonical(), sort_keys=True),
         parents=tuple(ParentRow(ref.source, None, inputs[ref.name]) for ref in config.recipe.checkpoints),
         coefficients=candidate.values or None,
+        label=candidate.label,
+        host=outcome.where or None,
+        merge_seconds=outcome.merge_seconds,
     )
     write_evaluation(reports, outcome.report, context)
 
@@ -61,11 +64,24 @@ def _trial_row(study_id: str, state: StudyState, candidate: Candidate) -> TrialR
         label=candidate.label,
         candidate_id=record.get("candidate_id"),
         evaluation_ids=tuple(each["evaluation_id"] for each in records if each.get("evaluation_id")),
-        score=record.get("score"),
+        score=state.score(number),
         scores=record.get("abilities") or None,
         coefficients=candidate.values or None,
         error=record.get("failure"),
         started_at=datetime.fromisoformat(state.asked_at[number]),
         finished_at=None if finished_at is None else datetime.fromisoformat(finished_at),
         seconds=record.get("seconds"),
+        digest=record.get("digest"),
+        origin=candidate.origin,
+        fidelity=record.get("fidelity"),
+        is_winner=None if state.published is None else state.published["trial"] == number,
+        asked_after=state.asked_after[number],
+        seen=tuple(state.finished)[: state.asked_after[number]],
+        host=record.get("where") or None,
+        merge_seconds=record.get("merge_seconds"),
+        evaluation_seconds=_difference(record.get("seconds"), record.get("merge_seconds")),
     )
+
+
+def _difference(whole: float | None, part: float | None) -> float | None:
+    return None if whole is None or part is None else round(whole - part, 3)

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from remelt.errors import EvaluationError, RemeltError
 from remelt.recipe import Recipe
 from remelt_evals.backends import BackendOptions
 from remelt_evals.eval_report import EvalReport, EvalRequest, Role
+from remelt_evals.evaluation_cache import evaluate_once
+from remelt_evals.ladder import Estimate, stop_early
 from remelt_jobs.candidates import open_for_evaluation
 from remelt_jobs.lease import fence_name
+
+if TYPE_CHECKING:
+    from remelt_evals.evaluator import Evaluator
+    from remelt_evals.evaluator_process import EvaluatorProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +44,14 @@ class Work:
     """What the merge may hold; None is half of the machine's over `num_evaluators`."""
     num_evaluators: int = 1
     threads: int = 1
+    rungs: tuple[int | None, ...] = (None,)
+    """Fidelities to go through, as limits on the items of each eval task; the last is the one that counts."""
+    incumbent: EvalReport | None = None
+    """The best complete trial so far, which a candidate that is to go on must not be clearly worse than."""
+    on_every_entry: bool = False
+    """For several objectives: worse means worse on every entry of the suite."""
+    cache: str | None = None
+    """Folder of evaluations by id, shared by all evaluators."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +60,16 @@ class Outcome:
 
     report: EvalReport | None = None
     failure: str | None = None
+    estimate: Estimate | None = None
+    """Where a lower fidelity stopped it: what it would have scored."""
     digest: str | None = None
     candidate_id: str | None = None
     merge_seconds: float = 0.0
     seconds: float = 0.0
     memory_bytes: int = 0
     """Resident memory of the evaluator afterwards."""
+    where: str = ""
+    """The host that did it."""
     is_evaluator_sound: bool = True
     """Whether the same process may take the next candidate."""
 
@@ -67,9 +87,7 @@ class TrialEvaluator:
                 they left is removed.
             slot: No other live evaluator of the driver has it; a successor does, and removes what a killed one left.
         """
-        from remelt_evals.evaluator import Evaluator
-
-        self._evaluator = Evaluator(backend)
+        self._evaluator = _make_evaluator(backend)
         folder = Path(scratch or tempfile.gettempdir()) / f"remelt-{os.getuid()}"
         self._scratch = folder / f"{name}-{fence_name(fence)}-{slot}"
         for other in folder.glob(f"{name}-*"):
@@ -93,15 +111,7 @@ class TrialEvaluator:
             else:
                 folder, digest, candidate_id = self._merge(work.recipe, work)
             merged_at = time.monotonic()
-            report = self._evaluator.evaluate(
-                EvalRequest(
-                    checkpoint=str(folder),
-                    digest=digest,
-                    suite=work.suite,
-                    role=work.role,
-                    suite_digest=work.suite_digest,
-                )
-            )
+            report, estimate = self._climb(work, folder, digest)
         except RemeltError as error:
             return Outcome(
                 failure=f"{type(error).__name__}: {error}",
@@ -110,6 +120,7 @@ class TrialEvaluator:
                 merge_seconds=merged_at - started,
                 seconds=time.monotonic() - started,
                 memory_bytes=resident_bytes(),
+                where=socket.gethostname(),
                 is_evaluator_sound=not isinstance(error, EvaluationError),
             )
         finally:
@@ -117,12 +128,38 @@ class TrialEvaluator:
         return Outcome(
             report=report,
             failure=None if report.is_ok else report.error or "the evaluation failed",
+            estimate=estimate,
             digest=digest,
             candidate_id=candidate_id,
             merge_seconds=merged_at - started,
             seconds=time.monotonic() - started,
             memory_bytes=resident_bytes(),
+            where=socket.gethostname(),
         )
+
+    def _climb(self, work: Work, folder: Path, digest: str) -> tuple[EvalReport, Estimate | None]:
+        """Evaluate rung by rung; the last report, and an estimate where it is not of the last rung."""
+        for limit in work.rungs:
+            report = evaluate_once(
+                self._evaluator,
+                EvalRequest(
+                    checkpoint=str(folder),
+                    digest=digest,
+                    suite=work.suite,
+                    role=work.role,
+                    limit=limit,
+                    suite_digest=work.suite_digest,
+                ),
+                None if work.cache is None else Path(work.cache),
+            )
+            if not report.is_ok:
+                break
+            if limit is None or work.incumbent is None:
+                continue
+            estimate = stop_early(work.incumbent, report, on_every_entry=work.on_every_entry)
+            if estimate is not None:
+                return report, estimate
+        return report, None
 
     def _merge(self, recipe: Recipe, work: Work) -> tuple[Path, str, str]:
         from remelt.executor import LocalExecutor
@@ -135,6 +172,17 @@ class TrialEvaluator:
         )
         merged = merge_recipe(recipe, self._scratch / "candidate", executor=executor)
         return merged.path, merged.digest, merged.candidate_id
+
+
+def _make_evaluator(backend: BackendOptions) -> Evaluator | EvaluatorProcess:
+    """In this process, or in one of the interpreter that the backend names."""
+    if backend.interpreter is not None:
+        from remelt_evals.evaluator_process import EvaluatorProcess
+
+        return EvaluatorProcess(backend, interpreter=backend.interpreter)
+    from remelt_evals.evaluator import Evaluator
+
+    return Evaluator(backend)
 
 
 def resident_bytes() -> int:
