@@ -105,8 +105,12 @@ def front_chart(panels: Sequence[tuple[str, str, bool, bool, Sequence[Mark]]]) -
         bottom = top + each - 60
         x = scale_around(min(mark.x for mark in marks), max(mark.x for mark in marks), left, right)
         y = scale_around(min(mark.y for mark in marks), max(mark.y for mark in marks), bottom, top)
-        parts += [*grid_lines(y, left, right), *axis_below(x, bottom, top, _directed(name_x, more_x), lines=True)]
-        parts.append(svg_text(left - 44, (top + bottom) / 2, _directed(name_y, more_y), "middle", "axis", turn=-90))
+        parts += [
+            *grid_lines(y, left, right),
+            *axis_below(x, bottom, top, _directed(name_x, more_x, right - left), lines=True),
+        ]
+        title = _directed(name_y, more_y, bottom - top)
+        parts.append(svg_text(left - 44, (top + bottom) / 2, title, "middle", "axis", turn=-90))
         parts += _panel_marks(marks, x, y, Box(left, top, right, bottom))
     return svg_image(WIDTH, rows * (each + 16), parts, "trials over pairs of objectives", "front-panels")
 
@@ -118,6 +122,7 @@ def heat_map(
     *,
     marked: Sequence[bool] = (),
     with_numbers: bool = True,
+    most: float | Sequence[float] | None = None,
     title: str,
     axis: str = "",
 ) -> str:
@@ -127,6 +132,8 @@ def heat_map(
         values: for each row, one for each column; None leaves the cell empty.
         marked: columns that get a dot above them.
         with_numbers: whether cells say their number; else only the tip does.
+        most: the magnitude that gets the full shade, and all beyond it, of all rows or of each; the largest one by
+            default.
         axis: what the columns are.
     """
     left = min(240.0, 22 + CHAR * max(len(row) for row in rows))
@@ -135,7 +142,9 @@ def heat_map(
     turn = any(len(name) * CHAR > cell - 6 for name in columns) and with_numbers
     top = 20.0 + (min(120.0, 0.75 * CHAR * max(len(name) for name in columns)) if turn else 8.0)
     known = [abs(value) for row in values for value in row if value is not None]
-    most = max(known, default=0.0) or 1.0
+    largest = max(known, default=0.0)
+    is_each = isinstance(most, Sequence)
+    shades = list(most) if isinstance(most, Sequence) else [most or largest or 1.0] * len(rows)
     parts: list[str] = []
     step = max(1, math.ceil(34 / cell)) if not with_numbers else 1
     for place, name in enumerate(columns):
@@ -151,44 +160,51 @@ def heat_map(
         at = top + row * cell_height
         parts.append(svg_text(left - 10, at + cell_height / 2 + 4, shortened(name, left - 16), "end", "tick", tip=name))
         for place, value in enumerate(numbers):
-            parts += _cell(left + place * cell, at, cell - gap, cell_height - gap, value, most, with_numbers,
-                           f"{name}, {axis} {columns[place]}".replace("  ", " "))  # fmt: skip
+            box = Box(left + place * cell, at, left + (place + 1) * cell - gap, at + cell_height - gap)
+            where = f"{name}, {axis} {columns[place]}".replace("  ", " ")
+            parts += _cell(box, value, shades[row] or 1.0, with_numbers, where)
     bottom = top + len(rows) * cell_height
     if axis:
         parts.append(svg_text(left + cell * len(columns) / 2, bottom + 18, axis, "middle", "axis"))
         bottom += 16
-    parts += shade_legend(
-        left + cell * len(columns) + 16, top, most, any(v is not None and v < 0 for r in values for v in r)
-    )
+    has_negative = any(value is not None and value < 0 for row in values for value in row)
+    right = left + cell * len(columns)
+    end = "row max" if is_each else f"{'≥ ' if largest > shades[0] else ''}{shades[0]:.2g}"
+    parts += shade_legend(right + 16, top, end, has_negative=has_negative)
     return svg_image(WIDTH, max(bottom + 12, top + 84), parts, title)
 
 
-def bar_panels(panels: Sequence[tuple[str, Sequence[Bar]]], note: str) -> str:
-    """One panel for each eval task, one bar for each checkpoint, errors of one standard error as whiskers."""
-    labels = [bar.label for bar in panels[0][1]]
+def bar_panels(panels: Sequence[tuple[str, str, Sequence[Bar]]], note: str) -> str:
+    """One panel for each eval task, one bar for each checkpoint, errors of one standard error as whiskers.
+
+    Args:
+        panels: name, what is measured, and the bars, whose labels are the same in all panels.
+    """
+    labels = [bar.label for bar in panels[0][2]]
     left = min(190.0, 18 + CHAR * max(len(label) for label in labels))
     gap, row_height = 22.0, 22.0
     # As many as fit, spread evenly over the lines.
     most_columns = max(1, int((WIDTH - left + gap) / (_LEAST_PANEL + gap)))
     columns = math.ceil(len(panels) / math.ceil(len(panels) / most_columns))
     width = (WIDTH - left - gap * (columns - 1)) / columns
-    each = 30 + row_height * len(labels) + 34
+    each = 44 + row_height * len(labels) + 26
     parts: list[str] = []
-    for place, (name, bars) in enumerate(panels):
+    for place, (name, measure, bars) in enumerate(panels):
         start = left + (place % columns) * (width + gap)
-        top = (place // columns) * each + 30
+        top = (place // columns) * each + 44
         most = max(((bar.value or 0) + (bar.error or 0) for bar in bars), default=1.0) or 1.0
         x = Scale(0.0, most, start, start + width - 46)
-        parts.append(svg_text(start, top - 12, shortened(name, width), "start", "title", tip=name))
+        parts.append(svg_text(start, top - 27, shortened(name, 0.85 * width), "start", "title", tip=name))
+        parts.append(svg_text(start, top - 11, shortened(measure, width), "start", "tick", tip=measure))
         for row, bar in enumerate(bars):
             at = top + row * row_height
             if place % columns == 0:
                 kind = "tick strong" if bar.kind == "best" else "tick"
-                parts.append(svg_text(left - 10, at + 14, shortened(bar.label, left - 14), "end", kind, tip=bar.label))
+                parts.append(svg_text(left - 10, at + 12, shortened(bar.label, left - 14), "end", kind, tip=bar.label))
             parts += _bar(bar, x, at, row_height - 6, name)
         under = top + row_height * len(bars) - 2
         parts.append(f'<line class="base" x1="{start:.1f}" x2="{start:.1f}" y1="{top - 2:.1f}" y2="{under:.1f}"/>')
-    return svg_image(WIDTH, math.ceil(len(panels) / columns) * each - 22, parts, note)
+    return svg_image(WIDTH, math.ceil(len(panels) / columns) * each - 16, parts, note)
 
 
 def _bar(bar: Bar, x: Scale, top: float, height: float, task: str) -> list[str]:
@@ -250,20 +266,12 @@ def _point(x: float, y: float, mark: Mark) -> str:
     return shape + ring
 
 
-def _cell(
-    left: float,
-    top: float,
-    width: float,
-    height: float,
-    value: float | None,
-    most: float,
-    with_number: bool,
-    where: str,
-) -> list[str]:
+def _cell(box: Box, value: float | None, most: float, with_number: bool, where: str) -> list[str]:
+    left, top, width, height = box.left, box.top, box.right - box.left, box.bottom - box.top
     place = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{1.5 if width > 8 else 0}"'
     if value is None:
         return [f'<rect class="cell empty" {place}/>']
-    share = abs(value) / most
+    share = min(1.0, abs(value) / most)
     kind = "low" if value < 0 else "high"
     tip = f"<title>{escape(where)}: {value:.4g}</title>"
     parts = [
@@ -276,5 +284,6 @@ def _cell(
     return parts
 
 
-def _directed(name: str, more_is_better: bool) -> str:
+def _directed(name: str, more_is_better: bool, width: float) -> str:
+    name = shortened(name, width - 20)
     return f"{name} →" if more_is_better else f"← {name}"

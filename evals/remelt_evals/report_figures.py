@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from statistics import median
 from typing import Any, NamedTuple
 
 from remelt_evals.eval_report import objective
@@ -18,6 +19,7 @@ from remelt_evals.report_reading import (
 from remelt_evals.report_tables import TrialRow
 
 _MOST_PANELS = 6
+_MOST_LABELS = 6
 _MOST_COLUMNS = 120
 _MOST_ROWS = 24
 _MOST_TABLE_ROWS = 20
@@ -113,13 +115,16 @@ def front_figure(front: Front, best: TrialRow) -> Figure:
     """Trials over pairs of abilities, and the front over all of them."""
     pairs = list(combinations(range(len(front.objectives)), 2))[:_MOST_PANELS]
     panels = []
+    num_parents = sum(is_start(point.trial, "parent") for point in front.points)
     for one, two in pairs:
         marks = []
         for point in front.points:
             trial = point.trial
             values = (point.values[one], point.values[two])
             tip = f"{trial.label}: {front.objectives[one]} {values[0]:.3f}, {front.objectives[two]} {values[1]:.3f}"
-            is_named = is_start(trial, "parent") or is_start(trial, "uniform")
+            is_named = is_start(trial, "uniform") or (
+                is_start(trial, "parent") and (num_parents <= _MOST_LABELS or point.is_on_front)
+            )
             is_best = trial.trial_number == best.trial_number
             label = (trial.label or "") if is_named or is_best else ""
             marks.append(_mark(trial, best, *values, tip, label=label, is_on_front=point.is_on_front))
@@ -159,23 +164,41 @@ def search_figures(trials: Sequence[TrialRow], best: TrialRow) -> list[Figure]:
         return []
     caption = "Each column is a trial, in the order in which they were asked for; the dot marks the best."
     if len(shown) > _MOST_COLUMNS:
-        kept = sorted(shown, key=lambda trial: -(trial.score if trial.score is not None else -1e300))[:_MOST_COLUMNS]
-        shown = sorted(kept, key=lambda trial: trial.trial_number)
+        shown.sort(key=lambda trial: (trial is not best, -(trial.score if trial.score is not None else -1e300)))
+        shown = sorted(shown[:_MOST_COLUMNS], key=lambda trial: trial.trial_number)
         caption += f" The best {_MOST_COLUMNS} trials are drawn."
     if len(names) > _MOST_ROWS:
         caption += f" The first {_MOST_ROWS} of {len(names)} variables are drawn."
         names = names[:_MOST_ROWS]
     values = [[(trial.coefficients or {}).get(name) for trial in shown] for name in names]
+    most = _full_shades(values, [not is_start(trial, "parent") for trial in shown])
+    if len(set(most)) > 1:
+        caption += " Variables differ in their ranges, so each has a scale of its own."
     svg = heat_map(
         names,
         [str(trial.trial_number) for trial in shown],
         values,
         marked=[trial.trial_number == best.trial_number for trial in shown],
         with_numbers=False,
+        most=most,
         title="values of the search's variables in every trial",
         axis="trial",
     )
     return [Figure("What the search tried", caption, _safe(svg))]
+
+
+def _full_shades(values: Sequence[Sequence[float | None]], counts: Sequence[bool]) -> list[float]:
+    """What gets the full shade in each row: the largest of all, or of each row where rows differ much.
+
+    Single parents have one coefficient at 1 and would leave all others pale, so their columns do not count.
+    """
+    largest = [
+        max((abs(value) for value, is_in in zip(row, counts, strict=True) if is_in and value is not None), default=0.0)
+        for row in values
+    ]
+    if max(largest) > 3 * median(largest):
+        return [each or 1.0 for each in largest]
+    return [max(largest) or 1.0] * len(values)
 
 
 def coefficient_figures(winner: Evaluation, best: TrialRow | None) -> list[Figure]:
@@ -193,7 +216,9 @@ def coefficient_figures(winner: Evaluation, best: TrialRow | None) -> list[Figur
         for group in grid.groups
     ]
     values = [[group.values[row] for group in grid.groups] for row in range(len(grid.rows))]
-    svg = heat_map(grid.rows, columns, values, title="coefficients of the best merge")
+    # A copied tensor has one coefficient of 1, which says nothing of the merge.
+    merged = [abs(value) for group in grid.groups if group.method not in ("copy", "drop") for value in group.values]
+    svg = heat_map(grid.rows, columns, values, most=max(merged, default=None), title="coefficients of the best merge")
     return [Figure("Who gets how much", caption, _safe(svg))]
 
 
@@ -208,7 +233,7 @@ def bars_figure(rows: Sequence[ComparedRow], role: str) -> Figure:
             own = row.evaluation.report.tasks
             found = own[place] if place < len(own) else None
             bars.append(Bar(row.label, row.kind, found.value if found else None, found.stderr if found else None))
-        panels.append((f"{name} ({task.metric}{'' if task.higher_is_better else ', lower is better'})", bars))
+        panels.append((name, task.metric if task.higher_is_better else f"{task.metric}, lower is better", bars))
     table_rows = [
         TableRow(
             [

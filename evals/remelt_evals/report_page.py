@@ -76,6 +76,9 @@ def _fields(
     winner = rows[-1].evaluation
     figures = [*_study_figures(trials, best, evaluations), *coefficient_figures(winner, best), bars_figure(rows, role)]
     notes = list(dict.fromkeys(note for row in rows for note in row.evaluation.report.notes))
+    num_parents = sum(is_start(trial, "parent") for trial in trials)
+    if num_parents > _MOST_PARENTS:
+        notes.append(f"of {num_parents} single parents the best {_MOST_PARENTS} on {role} items are in the bars")
     if role != "report":
         notes.append(f"these are {role} items; nothing was scored on report items yet")
     return {
@@ -84,7 +87,7 @@ def _fields(
         "lead": _lead(trials, best, rows, role),
         "tiles": _tiles(reports, study_id, trials, rows, evaluations, role),
         "figures": figures,
-        "provenance": _provenance(study_id, winner),
+        "provenance": _provenance(study_id, winner, best),
         "codes": {"study", "candidate", "digest", "suite digest", "evaluation", "run"},
         "parents": winner.context.parents,
         "recipe": _recipe_text(winner.context.recipe_json),
@@ -176,7 +179,7 @@ def _tiles(
         }
     ]
     parents = [row for row in rows if row.kind == "parent"]
-    others = [(f"gain over {row.label}, the best parent", row) for row in _top(parents)] if study_id else []
+    others = [(f"gain over best parent, {row.label}", row) for row in _top(parents)] if study_id else []
     others += [("gain over the uniform merge", row) for row in rows if row.kind == "uniform"]
     for name, row in others:
         found = _difference(reports, evaluations, row, best, role, study_id)
@@ -224,13 +227,13 @@ def _study_figures(
     return figures
 
 
-def _provenance(study_id: str | None, winner: Evaluation) -> list[tuple[str, str]]:
+def _provenance(study_id: str | None, winner: Evaluation, best: TrialRow | None) -> list[tuple[str, str]]:
     report, context = winner.report, winner.context
     versions = ", ".join(f"{name} {version}" for name, version in sorted(report.versions.items()))
     found = [
         ("study", study_id),
         ("checkpoint", report.checkpoint),
-        ("candidate", context.candidate_id),
+        ("candidate", context.candidate_id or (best.candidate_id if best else None)),
         ("digest", report.digest),
         ("run", context.run_id),
         ("suite", f"{report.suite}, {report.role} items, fidelity {report.fidelity}"),

@@ -67,8 +67,8 @@ def labelled(x: float, y: float, text: str, taken: list[Box], area: Box, *, is_a
     return []
 
 
-def shade_legend(left: float, top: float, most: float, has_negative: bool) -> list[str]:
-    """A ladder of shades with the numbers at its ends."""
+def shade_legend(left: float, top: float, end: str, *, has_negative: bool) -> list[str]:
+    """A ladder of shades; `end` is what the full shade stands for."""
     steps = [share / 4 for share in range(4, (-5 if has_negative else -1), -1)]
     size = 12.0 if has_negative else 16.0
     parts = []
@@ -78,9 +78,9 @@ def shade_legend(left: float, top: float, most: float, has_negative: bool) -> li
             f'<rect class="cell {kind}" x="{left:.1f}" y="{top + place * size:.1f}" width="12" height="{size - 1:.1f}" '
             f'fill-opacity="{0.04 + 0.96 * abs(share):.3f}"/>'
         )
-    low = -most if has_negative else 0.0
-    parts.append(svg_text(left + 17, top + 10, f"{most:.2g}", "start", "tick"))
-    parts.append(svg_text(left + 17, top + len(steps) * size - 3, f"{low:.2g}", "start", "tick"))
+    parts.append(svg_text(left + 17, top + 10, end, "start", "tick"))
+    low = f"-{end.removeprefix('≥ ')}" if has_negative else "0"
+    parts.append(svg_text(left + 17, top + len(steps) * size - 3, low, "start", "tick"))
     return parts
 
 
