@@ -101,6 +101,10 @@ def _work(folder: Path) -> None:
 
     request = json.loads((folder / "request.json").read_text())
     options = LossOptions(**request["options"])
+    if options.device == "cpu":
+        # DeepSpeed would compile a C++ extension for shared memory while all ranks wait (minutes, and for ever after a
+        # compilation that was killed); gloo does without. What it can compile is asked of this table.
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
     rank, num_ranks = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     blocks, held_path = _read_blocks(folder / "blocks.npz"), folder / "held_out.npz"
