@@ -127,6 +127,9 @@ def merge(
     force: Annotated[
         bool, typer.Option("--force", help="Replace what another recipe left; removes only our files.")
     ] = (False),
+    recheck: Annotated[
+        bool, typer.Option("--recheck", help="Hash what an earlier run left before trusting it.")
+    ] = False,
 ) -> None:
     """Merge checkpoints by a recipe. Run it again to resume; finished, it says so and reads nothing."""
     import time
@@ -139,9 +142,10 @@ def merge(
     chosen = _executor(executor, threads, _size("--memory", memory), device, workers)
     started = time.perf_counter()
     with TerminalProgress() as progress:
-        merged = merge_recipe(loaded, output, executor=chosen, progress=progress, force=force)
+        merged = merge_recipe(loaded, output, executor=chosen, progress=progress, force=force, recheck=recheck)
     if merged.is_reused:
-        print(f"{output}: finished already, digest {merged.digest}; nothing was read")
+        what = "all files hashed" if recheck else "nothing was read"
+        print(f"{output}: finished already, digest {merged.digest}; {what}")
         return
     seconds = time.perf_counter() - started
     print(

@@ -27,7 +27,15 @@ from remelt.fingerprints import checkpoint_digest, digest_line, digest_of_lines
 from remelt.layout import INDEX_FILE, SINGLE_FILE
 from remelt.model_card import model_card
 from remelt.plan import MergePlan, OutputRecord, Unit, UnitReceipt
-from remelt.receipts import RECEIPTS, SHARDS, find_receipt, find_shard, receipt_path, write_file_durably
+from remelt.receipts import (
+    RECEIPTS,
+    SHARDS,
+    file_sha256,
+    find_receipt,
+    find_shard,
+    receipt_path,
+    write_file_durably,
+)
 from remelt.sinks import sync_directory, unwritable
 from remelt.unit_runner import refuse_nonfinite
 
@@ -78,10 +86,12 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def find_finished(plan: MergePlan, output: Path, set_number: int = 0) -> MergedCheckpoint | None:
+def find_finished(
+    plan: MergePlan, output: Path, set_number: int = 0, *, recheck: bool = False
+) -> MergedCheckpoint | None:
     """The finished output of one coefficient set, or None; the manifest and file sizes are all that is looked at.
 
-    It does not matter whether the set was merged alone or in what company.
+    It does not matter whether the set was merged alone or in what company. With `recheck` every file is hashed too.
     """
     manifest = read_manifest(output)
     if manifest is None or manifest["run_id"] != plan.run_ids[set_number]:
@@ -93,6 +103,11 @@ def find_finished(plan: MergePlan, output: Path, set_number: int = 0) -> MergedC
             raise OutputError(
                 f"{output}: its manifest lists {file['name']} with {file['bytes']:,} bytes, found {found}; "
                 "the output was changed after it was finished: merge again with --force"
+            )
+        if recheck and file_sha256(path) != file["sha256"]:
+            raise OutputError(
+                f"{path}: its bytes are not those that the manifest lists (sha256 {file['sha256'][:12]}...); the "
+                "output was damaged or changed after it was finished: merge again with --force"
             )
     return _merged(output, manifest, is_reused=True)
 
@@ -197,7 +212,7 @@ class OutputRun:
         self.work_dir = output / WORK_DIR
         self._lock = -1
 
-    def begin(self, *, force: bool = False) -> dict[str, UnitReceipt]:
+    def begin(self, *, force: bool = False, recheck: bool = False) -> dict[str, UnitReceipt]:
         """Take the directory and return the receipts, by unit id, of what an earlier run left done.
 
         Raises OutputError where another process works on it.
@@ -228,7 +243,7 @@ class OutputRun:
         )
         receipts = {}
         for unit in self._plan.units:
-            receipt = find_receipt(self.work_dir, self._output, unit, self._set)
+            receipt = find_receipt(self.work_dir, self._output, unit, self._set, recheck=recheck)
             if receipt is not None:
                 receipts[receipt.unit_id] = receipt.without_parents()
         return receipts

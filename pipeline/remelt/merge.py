@@ -74,8 +74,11 @@ def merge_recipe(
     threads: int | None = None,
     progress: Progress | None = None,
     force: bool = False,
+    recheck: bool = False,
 ) -> MergedCheckpoint:
     """Merge a bound recipe into `output`: resumes what an earlier run left, and reads nothing where it is finished.
+
+    With `recheck`, what an earlier run left is hashed before it is trusted; a shard that fails is merged again.
 
     Raises:
         RecipeError, CheckpointError, MismatchError, BudgetError, OutputError: before any tensor data is read.
@@ -89,6 +92,7 @@ def merge_recipe(
         threads=threads,
         progress=progress,
         force=force,
+        recheck=recheck,
     )
     return merged
 
@@ -102,6 +106,7 @@ def merge_recipes(
     threads: int | None = None,
     progress: Progress | None = None,
     force: bool = False,
+    recheck: bool = False,
 ) -> list[MergedCheckpoint]:
     """Merge bound recipes that differ in their parameters alone, each into its output, in one pass over the parents.
 
@@ -118,7 +123,7 @@ def merge_recipes(
     executor = executor or LocalExecutor(threads=threads, memory_bytes=memory_bytes)
     indexes = open_checkpoints(recipes[0])
     plan = build_plan(recipes, indexes, executor.budget())
-    return run_plan(plan, indexes, outputs, executor, progress=progress, force=force)
+    return run_plan(plan, indexes, outputs, executor, progress=progress, force=force, recheck=recheck)
 
 
 def find_bands(plan: MergePlan, work_dir: Path) -> GlobalBands | None:
@@ -144,10 +149,11 @@ def run_plan(
     *,
     progress: Progress | None = None,
     force: bool = False,
+    recheck: bool = False,
 ) -> list[MergedCheckpoint]:
     """Run a plan into one output directory for each coefficient set, and publish them."""
     progress = progress or _Silent()
-    merged = {} if force else _finished(plan, outputs, range(len(outputs)))
+    merged = {} if force else _finished(plan, outputs, range(len(outputs)), recheck=recheck)
     if len(merged) == len(outputs):
         return [merged[number] for number in range(len(outputs))]
     if plan.warnings:
@@ -160,7 +166,7 @@ def run_plan(
             if number not in merged:
                 runs[number] = OutputRun(plan, output, indexes[plan.layout_model], number)
                 stack.callback(runs[number].release)
-        receipts = {number: run.begin(force=force) for number, run in runs.items()}
+        receipts = {number: run.begin(force=force, recheck=recheck) for number, run in runs.items()}
         # Another process may have finished some between the first look and the lock.
         for number, found in _finished(plan, outputs, list(runs)).items():
             merged[number] = found
@@ -179,9 +185,11 @@ def run_plan(
     return [merged[number] for number in range(len(outputs))]
 
 
-def _finished(plan: MergePlan, outputs: Sequence[Path], numbers: Sequence[int]) -> dict[int, MergedCheckpoint]:
+def _finished(
+    plan: MergePlan, outputs: Sequence[Path], numbers: Sequence[int], *, recheck: bool = False
+) -> dict[int, MergedCheckpoint]:
     """Those of the outputs that are finished."""
-    found = {number: find_finished(plan, outputs[number], number) for number in numbers}
+    found = {number: find_finished(plan, outputs[number], number, recheck=recheck) for number in numbers}
     return {number: merged for number, merged in found.items() if merged is not None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -37,8 +38,12 @@ def write_receipt(work_dir: Path, receipt: UnitReceipt) -> None:
     write_file_durably(receipt_path(work_dir, receipt.unit_id), receipt.to_json().encode())
 
 
-def find_receipt(work_dir: Path, output: Path, unit: Unit, set_number: int) -> UnitReceipt | None:
+def find_receipt(
+    work_dir: Path, output: Path, unit: Unit, set_number: int, *, recheck: bool = False
+) -> UnitReceipt | None:
     """A coefficient set's receipt of a unit, if it can be trusted: its id, and the shard's size and header match.
+
+    With `recheck` the shard's bytes are hashed too.
 
     The shard is looked for among the work and, since a commit may have been cut off, in the output itself.
     """
@@ -60,7 +65,15 @@ def find_receipt(work_dir: Path, output: Path, unit: Unit, set_number: int) -> U
     planned = {tensor.stored.name: (tensor.stored.dtype, tensor.stored.shape) for tensor in unit.tensors}
     if {name: (info.dtype, info.shape) for name, info in found.items()} != planned:
         return None
+    if recheck and file_sha256(shard) != record.sha256:
+        return None
     return receipt
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, as manifests and receipts have it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_shard(work_dir: Path, output: Path, record: OutputRecord) -> Path | None:

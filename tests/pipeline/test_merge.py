@@ -214,6 +214,34 @@ def test_a_resume_does_not_trust_a_damaged_shard_or_receipt(damage: str, pool: d
     assert file_hashes(merged.path) == file_hashes(whole.path)
 
 
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_recheck_merges_a_shard_again_whose_bytes_changed(pool: dict[str, Path], tmp_path: Path) -> None:
+    recipe = make_recipe(pool, "linear", max_shard_size="100kB")
+    whole = merge_recipe(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        merge_recipe(recipe, tmp_path / "out", executor=StopAfter(2))
+    flip_last_byte(sorted((tmp_path / "out" / WORK_DIR / "shards").glob("*.safetensors"))[0])
+    counting = CountUnits()
+    merged = merge_recipe(recipe, tmp_path / "out", executor=counting, recheck=True)
+    assert len(counting.worked) == len(file_hashes(whole.path)) - 1
+    assert file_hashes(merged.path) == file_hashes(whole.path)
+
+
+def test_recheck_refuses_a_finished_output_whose_bytes_changed(pool: dict[str, Path], tmp_path: Path) -> None:
+    recipe = make_recipe(pool, "linear")
+    merged = merge_recipe(recipe, tmp_path / "out")
+    assert merge_recipe(recipe, tmp_path / "out", recheck=True).is_reused
+    flip_last_byte(next(merged.path.glob("*.safetensors")))
+    assert merge_recipe(recipe, tmp_path / "out").is_reused
+    with pytest.raises(OutputError, match=r"its bytes are not those that the manifest lists.*--force"):
+        merge_recipe(recipe, tmp_path / "out", recheck=True)
+
+
 @pytest.mark.parametrize(
     "crash_at", ["shard 1", "config.json", "model.safetensors.index.json", MANIFEST_FILE, "rmtree"]
 )
