@@ -9,17 +9,45 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from remelt.errors import RecipeError
 from remelt.searchers.cma_es import CmaEs
+from remelt.searchers.gaussian_process import GaussianProcess
+from remelt.searchers.greedy_soup import GreedySoup
+from remelt.searchers.grid import Grid
+from remelt.searchers.lcsc import Lcsc
+from remelt.searchers.map_front import MapFront
+from remelt.searchers.nsga3 import Nsga3
 from remelt.searchers.random_search import RandomSearch
-from remelt.searchers.spec import Searcher, SearchSpace, Trial, TrialState
+from remelt.searchers.spec import Reporting, Searcher, SearchSpace, Trial, TrialState
+from remelt.searchers.tpe import ParzenEstimator
 
-__all__ = ["SEARCHERS", "SearchSpace", "Searcher", "Trial", "TrialState", "build_searcher", "searcher_options"]
+__all__ = [
+    "SEARCHERS",
+    "SearchSpace",
+    "Searcher",
+    "Trial",
+    "TrialState",
+    "build_searcher",
+    "needs_objectives",
+    "needs_simplex",
+    "searcher_options",
+    "searcher_report",
+]
 
-SEARCHERS: Mapping[str, type[Any]] = {"cmaes": CmaEs, "random": RandomSearch}
+SEARCHERS: Mapping[str, type[Any]] = {
+    "cmaes": CmaEs,
+    "gp": GaussianProcess,
+    "tpe": ParzenEstimator,
+    "nsga3": Nsga3,
+    "map": MapFront,
+    "lcsc": Lcsc,
+    "greedy_soup": GreedySoup,
+    "grid": Grid,
+    "random": RandomSearch,
+}
 """Name in a study file -> class."""
 
 ENTRY_POINTS = "remelt.searchers"
@@ -35,6 +63,29 @@ def searcher_options(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def needs_objectives(name: str) -> bool:
+    """Whether a searcher works on several objectives, `Trial.objectives`, and is no use with one.
+
+    Raises:
+        RecipeError: No searcher has this name.
+    """
+    return bool(getattr(_find(name), "needs_objectives", False))
+
+
+def needs_simplex(name: str) -> bool:
+    """Whether a searcher works on simplex groups of weights, and refuses a space without one.
+
+    Raises:
+        RecipeError: No searcher has this name.
+    """
+    return bool(getattr(_find(name), "needs_simplex", False))
+
+
+def searcher_report(searcher: Searcher, seen: Sequence[Trial]) -> Mapping[str, Any]:
+    """What a searcher has learned, as JSON values: fit errors of a surrogate, say. Empty where it tells nothing."""
+    return searcher.report(seen) if isinstance(searcher, Reporting) else {}
+
+
 def build_searcher(name: str, space: SearchSpace, seed: int, options: Mapping[str, Any] | None = None) -> Searcher:
     """The searcher `name` of the table, with its options checked.
 
@@ -46,7 +97,10 @@ def build_searcher(name: str, space: SearchSpace, seed: int, options: Mapping[st
         if option not in known:
             takes = ", ".join(known) or "none"
             raise RecipeError(f"searcher {name} has no option {option!r}{_nearest(option, known)}; it takes {takes}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(known[option], str):
+            if not isinstance(value, str):
+                raise RecipeError(f"searcher {name}: option {option!r} is {value!r}; it must be a word")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"searcher {name}: option {option!r} is {value!r}; it must be a number")
     searcher: Searcher = _find(name)(space, seed, **(options or {}))
     return searcher

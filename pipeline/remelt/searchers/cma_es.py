@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remelt.errors import RecipeError
-from remelt.searchers.spec import SearchSpace, Trial, TrialState
+from remelt.searchers.random_search import short_seed
+from remelt.searchers.replay import Generations, Replay
+from remelt.searchers.spec import SearchSpace, Trial
 
 if TYPE_CHECKING:
     from cmaes import CMA
@@ -27,13 +30,19 @@ SMALLEST_POPULATION = 4
 """Below it one parent alone survives a generation, and the covariance learns nothing (its learning rate is zero)."""
 
 
-class CmaEs:
-    """CMA-ES, rebuilt for every ask by replaying its complete generations.
+@dataclass(slots=True)
+class _Told:
+    """What is known after some trials."""
 
-    A trial belongs to the generation that was open when it was asked for. A generation closes with its first
-    `population` complete trials; until then, every ask is one more draw of it. Failed trials are replaced by such
-    draws, and trials that finish after their generation closed are not told (they would shift its ranking).
-    With many evaluators choose a population of at least their number.
+    optimiser: CMA
+    generations: Generations
+
+
+class CmaEs:
+    """CMA-ES, rebuilt by replaying the complete generations of the trials seen.
+
+    Which trials make up a generation is said in `remelt.searchers.replay.Generations`: late ones are not told, since
+    they would shift its ranking. With many evaluators choose a population of at least their number.
 
     Args:
         space: The search space; its box is scaled to the unit cube.
@@ -61,34 +70,25 @@ class CmaEs:
         self._lows = np.array([variable.low for variable in space.box])
         self._ranges = np.array([variable.high - variable.low for variable in space.box])
         self._start = (np.array([variable.init for variable in space.box]) - self._lows) / self._ranges
+        self._told = Replay(lambda: _Told(self._begin(), Generations(self.population)), self._tell)
 
     def ask(self, number: int, seen: Sequence[Trial]) -> Mapping[str, float]:
         """A draw of the open generation; see `remelt.searchers.spec.Searcher`."""
         optimiser = self._replay(seen)
         # The generator is seeded by the number alone, so no draw depends on how many were made before it.
-        optimiser.reseed_rng(int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0]))
-        unit = optimiser.ask()
-        return {
-            variable.name: min(
-                max(variable.low + float(u) * (variable.high - variable.low), variable.low), variable.high
-            )
-            for variable, u in zip(self.space.box, unit, strict=True)
-        }
+        optimiser.reseed_rng(short_seed(self.seed, number))
+        return self.space.point_at(optimiser.ask())
 
     def _replay(self, seen: Sequence[Trial]) -> CMA:
         """The optimiser after every generation that `seen` completes."""
-        optimiser, generation, members = self._begin(), 0, list[tuple[NDArray[np.float64], float]]()
-        open_after = [0]  # the generation that was open after k trials had finished
-        for trial in (trial for trial in seen if trial.state is not TrialState.RUNNING):
-            if trial.point and trial.score is not None and open_after[trial.asked_after] == generation:
-                members.append((self._unit(trial.point), -trial.score))
-            if len(members) == self.population:
-                optimiser.tell(members)
-                generation, members = generation + 1, []
-                if optimiser.should_stop():  # converged, or a plateau: begin again rather than repeat one point
-                    optimiser = self._begin()
-            open_after.append(generation)
-        return optimiser
+        return self._told.after(seen).optimiser
+
+    def _tell(self, state: _Told, trial: Trial) -> None:
+        members = state.generations.tell(trial)
+        if members:
+            state.optimiser.tell([(self._unit(one.point), -one.score) for one in members if one.score is not None])
+            if state.optimiser.should_stop():  # converged, or a plateau: begin again rather than repeat one point
+                state.optimiser = self._begin()
 
     def _begin(self) -> CMA:
         # Imported here because it costs a second (it brings scipy where that is installed).

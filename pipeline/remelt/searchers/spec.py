@@ -4,15 +4,19 @@ A searcher knows neither the cluster, nor evaluations, nor time. Each `ask` buil
 trial number, trials seen), so a study that was killed and resumed asks what an uninterrupted one would have. It may
 be called at any moment, with trials still running: a free evaluator never waits for a generation to end.
 
-Searchers see a box only. What a point of the box means, simplex groups included, is the `SearchSpace`'s business.
+Searchers see a box. What a point of it means, simplex groups included, is the `SearchSpace`'s business. Those that know
+about simplex groups may leave the box: shares that sum to one inside their declared intervals stand for themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from remelt.errors import RecipeError
 from remelt.recipe import Variable
@@ -45,18 +49,46 @@ class Trial:
     """How many trials had finished when this one was asked for: with the order of `seen`, all there is of history."""
     score: float | None = None
     """Finite, higher is better; None unless COMPLETE."""
+    objectives: tuple[float, ...] = ()
+    """Finite, each to be maximised, the same number in all trials; empty in a study of one objective, or as `score`."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """What was evaluated, in the declared intervals; empty for a parent that the variables cannot express."""
+
+
+def objectives_of(trial: Trial) -> tuple[float, ...]:
+    """A complete trial's objectives, its score where it has no others; nothing for any other trial."""
+    return () if trial.score is None else trial.objectives or (trial.score,)
 
 
 class Searcher(Protocol):
-    """Ask and tell, with the telling done by `seen`."""
+    """Ask and tell, with the telling done by `seen`.
+
+    A class that can do nothing without several objectives says so by `needs_objectives = True`, one that needs a
+    simplex group by `needs_simplex = True`; the others lack these attributes.
+    """
 
     def ask(self, number: int, seen: Sequence[Trial]) -> Mapping[str, float]:
-        """The point for trial `number`: one value for each variable, within `SearchSpace.box`.
+        """The point for trial `number`: one value for each variable.
+
+        It lies within `SearchSpace.box`, but for simplex groups whose values sum to one within their declared
+        intervals: such a point may leave a parent out, which the box does not hold.
+
+        A searcher never runs dry. One whose own procedure has an end says in its docstring what it asks for after it.
 
         Args:
             number: The trial's number; two numbers give two different points.
-            seen: Finished trials in the order in which they finished, then the running ones by number.
+            seen: Finished trials in the order in which they finished, then the running ones by number. Scores may
+                change from one ask to the next where the objective compares trials with each other.
         """
+        ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """What a searcher may offer beside `ask`."""
+
+    def report(self, seen: Sequence[Trial]) -> Mapping[str, Any]:
+        """What it has learned, as JSON values: fit errors of a surrogate, whether its procedure has ended."""
         ...
 
 
@@ -96,12 +128,41 @@ class SearchSpace:
         object.__setattr__(self, "box", tuple(boxes[variable.name] for variable in self.variables))
 
     def values(self, point: Mapping[str, float]) -> dict[str, float]:
-        """What a point of the box stands for: every variable in its declared interval, every group summing to 1."""
+        """What a point stands for: every variable in its declared interval, every group summing to 1.
+
+        A group's shares are divided by their sum, so that a point made of values stands for these very values.
+        """
         values = {variable.name: float(point[variable.name]) for variable in self.variables}
         intervals = {variable.name: (variable.low, variable.high) for variable in self.variables}
         for group in self.simplex:
             values.update(_scale(group, values, intervals))
         return values
+
+    def point_at(self, unit: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
+        """The point of the box at a place of the unit cube, one coordinate for each variable."""
+        point = {}
+        for variable, u in zip(self.box, unit, strict=True):
+            value = variable.low + float(u) * (variable.high - variable.low)
+            point[variable.name] = min(max(value, variable.low), variable.high)
+        return point
+
+    def nearest_point(self, values: Mapping[str, float]) -> dict[str, float] | None:
+        """The point of the box that comes nearest to standing for `values`; None where a variable has no value.
+
+        Exact where the box holds it. A simplex parent that is left out gets the smallest share instead.
+        """
+        if any(variable.name not in values for variable in self.variables):
+            return None
+        shares = dict(values)
+        boxes = {variable.name: variable for variable in self.box}
+        for group in self.simplex:
+            members = [(boxes[name].low, boxes[name].high, max(values[name], 0.0)) for name in group]
+            # Of all factors, one with which the shares lie inside their box, if there is any.
+            least = max((low / share for low, _, share in members if share > 0), default=0.0)
+            most = min((high / share for _, high, share in members if share > 0), default=0.0)
+            scale = min(max(_middle_scale(members), least), most)
+            shares.update({name: scale * values[name] for name in group})
+        return {name: min(max(shares[name], variable.low), variable.high) for name, variable in boxes.items()}
 
 
 def _group_box(group: tuple[str, ...], by_name: Mapping[str, Variable]) -> dict[str, Variable]:
@@ -116,32 +177,71 @@ def _group_box(group: tuple[str, ...], by_name: Mapping[str, Variable]) -> dict[
     if low > 1 + SUM_TOLERANCE or high < 1 - SUM_TOLERANCE or any(member.high <= 0 for member in members):
         raise RecipeError(f"simplex {list(group)} cannot sum to 1: its intervals sum to [{low:g}, {high:g}]")
     lows = [max(member.low, SMALLEST_SHARE * member.high) for member in members]
-    middle = sum((a + member.high) / 2 for a, member in zip(lows, members, strict=True))
     starts = [max(member.init, 0.0) for member in members]
-    scale = middle / sum(starts) if sum(starts) > 0 else 0.0
+    scale = _middle_scale([(a, member.high, start) for a, member, start in zip(lows, members, starts, strict=True)])
     return {
         member.name: Variable(member.name, a, member.high, min(max(start * scale, a), member.high))
         for member, a, start in zip(members, lows, starts, strict=True)
     }
 
 
+def _middle_scale(members: Sequence[tuple[float, float, float]]) -> float:
+    """The factor that brings shares around the middle of their box; of each member its low, high and share."""
+    total = sum(share for _, _, share in members)
+    return sum((low + high) / 2 for low, high, _ in members) / total if total > 0 else 0.0
+
+
 def _scale(
     group: tuple[str, ...], values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
 ) -> dict[str, float]:
-    """Scale a group's positive shares by the factor at which they, clipped to their intervals, sum to 1.
+    """Scale a group's shares to a sum of 1; where that leaves an interval, to the nearest that does not.
 
-    That sum never falls as the factor grows, so halving finds it; the usual case needs no clipping and no halving.
+    Positive shares keep their ratios as far as their intervals allow: they grow by the factor at which they, clipped,
+    sum to 1. Where a share is zero or negative no factor may reach that, so there they all move by one amount instead,
+    which is the Euclidean projection.
+    """
+    total = sum(values[name] for name in group)
+    if total > 0:
+        plain = {name: values[name] / total for name in group}
+        if all(intervals[name][0] <= value <= intervals[name][1] for name, value in plain.items()):
+            return plain
+    if all(values[name] > 0 for name in group):
+        enough = max(intervals[name][1] / values[name] for name in group)
+        return _until_one(lambda factor: {name: factor * values[name] for name in group}, intervals, 0.0, enough)
+    return project(group, values, intervals)
+
+
+def project(
+    group: Sequence[str], values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
+) -> dict[str, float]:
+    """The nearest values, by Euclidean distance, that lie in their intervals and sum to 1.
+
+    Args:
+        group: Names of a simplex group.
+        values: Any finite value for each of them.
+        intervals: The declared low and high of each of them; the lows sum to at most 1, the highs to at least 1.
+    """
+    far = max(abs(bound - values[name]) for name in group for bound in intervals[name])
+    return _until_one(lambda amount: {name: values[name] + amount for name in group}, intervals, -far, far)
+
+
+def _until_one(
+    moved: Callable[[float], dict[str, float]],
+    intervals: Mapping[str, tuple[float, float]],
+    below: float,
+    above: float,
+) -> dict[str, float]:
+    """Values moved by the amount at which they, clipped to their intervals, sum to 1.
+
+    That sum never falls as the amount grows, so halving finds it.
     """
 
-    def clipped(factor: float) -> dict[str, float]:
-        return {name: min(max(factor * values[name], intervals[name][0]), intervals[name][1]) for name in group}
+    def clipped(amount: float) -> dict[str, float]:
+        return {name: min(max(value, intervals[name][0]), intervals[name][1]) for name, value in moved(amount).items()}
 
-    total = sum(values[name] for name in group)
-    plain = {name: values[name] / total for name in group}
-    if all(intervals[name][0] <= value <= intervals[name][1] for name, value in plain.items()):
-        return plain
-    below, above = 0.0, max(intervals[name][1] / values[name] for name in group)
     for _ in range(200):
         middle = (below + above) / 2
+        if not below < middle < above:
+            break
         below, above = (middle, above) if sum(clipped(middle).values()) < 1 else (below, middle)
     return clipped(above)
