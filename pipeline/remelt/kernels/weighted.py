@@ -32,25 +32,91 @@ def read_chunk(address, kind, base, has_base, start, count, out):
             out[j] = out[j] - base[j]
 
 
+@part
+def halves_at(address, start, count):
+    """Elements [start, start + count) of the 16-bit array at `address`."""
+    return carray(uint16_pointer(np.uint64(address)), start + count)[start:]
+
+
+@part
+def widened(half):
+    """A bfloat16 as float32."""
+    return float_of(np.uint32(np.uint32(half) << np.uint32(16)))
+
+
+@part
+def add_four(a, b, c, d, factors, base, has_base, size, is_first, total):
+    """Add four bfloat16 models to a chunk's sum in one loop, in the order of `add_chunk` and so with its bits.
+
+    All four are read at once, which asks the memory for more than one after the other would, and the sum stays in a
+    register between them: half the time of four calls.
+    """
+    p, q, r, s = factors[0], factors[1], factors[2], factors[3]
+    if has_base and is_first:
+        for j in range(size):
+            x = (widened(a[j]) - base[j]) * p + (widened(b[j]) - base[j]) * q
+            total[j] = (x + (widened(c[j]) - base[j]) * r) + (widened(d[j]) - base[j]) * s
+    elif has_base:
+        for j in range(size):
+            x = (total[j] + (widened(a[j]) - base[j]) * p) + (widened(b[j]) - base[j]) * q
+            total[j] = (x + (widened(c[j]) - base[j]) * r) + (widened(d[j]) - base[j]) * s
+    elif is_first:
+        for j in range(size):
+            x = widened(a[j]) * p + widened(b[j]) * q
+            total[j] = (x + widened(c[j]) * r) + widened(d[j]) * s
+    else:
+        for j in range(size):
+            x = (total[j] + widened(a[j]) * p) + widened(b[j]) * q
+            total[j] = (x + widened(c[j]) * r) + widened(d[j]) * s
+
+
+@part
+def add_chunk(values, c, size, is_first, total):
+    """Add c times one model to a chunk's sum."""
+    if is_first:
+        for j in range(size):
+            total[j] = values[j] * c
+    else:
+        for j in range(size):
+            total[j] = total[j] + values[j] * c
+
+
+@part
+def num_in_fours(kinds):
+    """How many models, from the first on, can be added four at a time."""
+    count = 0
+    while count + 4 < len(kinds) and (kinds[count + 1 : count + 5] == BF16).all():
+        count += 4
+    return count
+
+
 @compiled
 def weighted_sum(addresses, kinds, coefficients, has_base, out_address, out_kind, count):
     """out = sum_i c_i x_i, or base + sum_i c_i (x_i - base); `addresses[0]` is the base's, there or not."""
     base = np.empty(CHUNK, np.float32)
     values = np.empty(CHUNK, np.float32)
     total = np.empty(CHUNK, np.float32)
+    in_fours = num_in_fours(kinds)
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
         if has_base:
             decode(addresses[0], kinds[0], start, size, base)
-        for i in range(1, len(addresses)):
-            read_chunk(addresses[i], kinds[i], base, has_base, start, size, values)
-            c = coefficients[i - 1]
-            if i == 1:
-                for j in range(size):
-                    total[j] = values[j] * c
-            else:
-                for j in range(size):
-                    total[j] = total[j] + values[j] * c
+        for i in range(0, in_fours, 4):
+            add_four(
+                halves_at(addresses[i + 1], start, size),
+                halves_at(addresses[i + 2], start, size),
+                halves_at(addresses[i + 3], start, size),
+                halves_at(addresses[i + 4], start, size),
+                coefficients[i : i + 4],
+                base,
+                has_base,
+                size,
+                i == 0,
+                total,
+            )
+        for i in range(in_fours, len(addresses) - 1):
+            read_chunk(addresses[i + 1], kinds[i + 1], base, has_base, start, size, values)
+            add_chunk(values, coefficients[i], size, i == 0, total)
         if has_base:
             for j in range(size):
                 total[j] = base[j] + total[j]
