@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from make_checkpoints import write_llama
-from measure import REPORTS_DIR, markdown_table, scratch_folder, versions, warm_page_cache, write_report
+from measure import (
+    REPORTS_DIR,
+    Others,
+    markdown_table,
+    scratch_folder,
+    versions,
+    wait_for_quiet,
+    warm_page_cache,
+    write_report,
+)
 from remelt.commit import MANIFEST_FILE
 from remelt.merge import merge_recipes
 from remelt.recipe import Recipe
@@ -48,6 +57,8 @@ class Run:
     bytes_read: int
     bytes_written: int
     digests: tuple[str, ...]
+    others: float
+    """Cores that other processes kept busy meanwhile."""
 
 
 def make_recipe(folders: Sequence[Path], method: str, weights: Sequence[float]) -> Recipe:
@@ -66,7 +77,8 @@ def merge(recipes: Sequence[Recipe], folder: Path) -> Run:
     outputs = [folder / f"candidate-{number}" for number in range(len(recipes))]
     os.sync()
     cpu, begun = cpu_seconds(), time.perf_counter()
-    merged = merge_recipes(recipes, outputs)
+    with Others() as others:
+        merged = merge_recipes(recipes, outputs)
     seconds, cpu = time.perf_counter() - begun, cpu_seconds() - cpu
     execution = [json.loads((output / MANIFEST_FILE).read_text())["execution"] for output in outputs]
     for output in outputs:
@@ -78,6 +90,7 @@ def merge(recipes: Sequence[Recipe], folder: Path) -> Run:
         bytes_read=execution[0]["bytes_read"],
         bytes_written=sum(one["bytes_written"] for one in execution),
         digests=tuple(one.digest for one in merged),
+        others=others.cores,
     )
 
 
@@ -86,13 +99,16 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def run_method(method: str, folders: Sequence[Path], count: int, rounds: int, scratch: Path) -> list[tuple[Run, Run]]:
+def run_method(
+    method: str, folders: Sequence[Path], count: int, rounds: int, scratch: Path, patience: float
+) -> list[tuple[Run, Run]]:
     """Pairs of one candidate and all, after one small pass that compiles."""
     rng = random.Random(0)
     pairs = []
     for number in range(rounds + 1):
         recipes = [make_recipe(folders, method, [rng.uniform(0.1, 0.5) for _ in folders[1:]]) for _ in range(count)]
         chosen = number % count
+        wait_for_quiet(patience if number else 0)
         one = merge([recipes[chosen]], scratch)
         if number == 0:
             continue
@@ -102,7 +118,8 @@ def run_method(method: str, folders: Sequence[Path], count: int, rounds: int, sc
         pairs.append((one, together))
         print(
             f"{method}: one {one.seconds:.2f} s (CPU {one.cpu_seconds:.2f}), {count} {together.seconds:.2f} s (CPU "
-            f"{together.cpu_seconds:.2f}), {together.seconds / one.seconds:.2f} times; load {os.getloadavg()[0]:.1f}",
+            f"{together.cpu_seconds:.2f}), {together.seconds / one.seconds:.2f} times; others {one.others:.1f} and "
+            f"{together.others:.1f} cores",
             flush=True,
         )
     return pairs
@@ -138,6 +155,7 @@ def row(method: str, pairs: Sequence[tuple[Run, Run]]) -> list[str]:
         f"**{together.bytes_read / one.bytes_read:.2f}**",
         f"{one.bytes_read / 1e9:.2f}",
         f"{together.bytes_written / 1e9:.2f}",
+        f"{statistics.median(run.others for pair in pairs for run in pair):.1f}",
     ]
 
 
@@ -147,25 +165,27 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--methods", nargs="*", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet machine, each time")
     parser.add_argument("--reports", type=Path, default=REPORTS_DIR)
     arguments = parser.parse_args()
-    load_before = os.getloadavg()
     found = {}
     with scratch_folder(arguments.scratch) as folder:
         folders = write_llama(folder / "llama")
         warm_page_cache(folders)
         rate = write_rate(folder)
         for method in arguments.methods:
-            found[method] = run_method(method, folders, arguments.candidates, arguments.rounds, folder)
+            found[method] = run_method(
+                method, folders, arguments.candidates, arguments.rounds, folder, arguments.patience
+            )
     count = arguments.candidates
     head = ["", "one, s", f"{count}, s", "times the time", "times the CPU", "times the bytes read"]
-    head += ["GB read", f"GB written for {count}"]
+    head += ["GB read", f"GB written for {count}", "others"]
     table = markdown_table(head, [row(method, pairs) for method, pairs in found.items()])
     text = (
         f"Medians of {arguments.rounds} pairs; the figures to reach are {TIME_TARGET:g} times the time and "
         f"{BYTES_TARGET:g} times the bytes read. One thread writes and digests {rate / 1e9:.2f} GB/s on this disk. "
-        f"Load average of the machine before: {load_before[0]:.1f}, after: {os.getloadavg()[0]:.1f}. Every candidate "
-        "that was also merged alone had the same bytes. Versions: "
+        "*Others* is how many cores other processes kept busy meanwhile. Every candidate that was also merged alone "
+        "had the same bytes. Versions: "
         + ", ".join(f"{name} {v}" for name, v in versions(sys.executable, ("numba", "numpy")).items())
         + "."
     )

@@ -134,6 +134,37 @@ def run_measured(
     return Measured(seconds, peak_bytes, usage.ru_utime + usage.ru_stime, process.returncode, text)
 
 
+class Others:
+    """What other processes of the machine take of its cores meanwhile: a context manager."""
+
+    def __enter__(self) -> Others:
+        self._busy, self._own, self._begun = _busy_seconds(), time.process_time(), time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        busy, own = _busy_seconds() - self._busy, time.process_time() - self._own
+        self.cores = max(0.0, busy - own) / (time.perf_counter() - self._begun)
+        """How many cores they kept busy; the kernel's own work for this process counts in part."""
+
+
+def wait_for_quiet(limit_seconds: float, cores: float = 0.2) -> None:
+    """Wait until other processes leave the machine alone, for so long at most."""
+    deadline = time.monotonic() + limit_seconds
+    while time.monotonic() < deadline:
+        with Others() as others:
+            time.sleep(0.5)
+        if others.cores < cores:
+            return
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that the machine has worked since it started."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    idle = fields[3] + fields[4]
+    # The first eight; guests are counted among the users already.
+    return (sum(fields[:8]) - idle) / os.sysconf("SC_CLK_TCK")
+
+
 def idle_torch_bytes(python: str | Path = sys.executable) -> int:
     """Peak resident memory of a process that imports torch and does nothing; the median of three."""
     peaks = [run_measured([python, "-c", "import torch"]).check().peak_bytes for _ in range(3)]

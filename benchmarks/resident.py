@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ import torch
 from make_checkpoints import write_llama
 from measure import (
     REPORTS_DIR,
+    Others,
     markdown_table,
     scratch_folder,
     versions,
+    wait_for_quiet,
     warm_page_cache,
     write_report,
 )
@@ -68,6 +70,8 @@ class Pair:
     resident_first_look: float
     is_equal: bool
     """Logits, bit for bit, and digests."""
+    others: float
+    """Cores that other processes kept busy meanwhile."""
 
     @property
     def by_disk(self) -> float:
@@ -112,6 +116,12 @@ def look_twice(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 def run_pair(residents: ResidentCandidates, shape: Shape, recipe: Recipe, output: Path) -> Pair:
     """Both ways for one recipe, the resident one first."""
+    with Others() as others:
+        pair = _run_pair(residents, shape, recipe, output)
+    return replace(pair, others=others.cores)
+
+
+def _run_pair(residents: ResidentCandidates, shape: Shape, recipe: Recipe, output: Path) -> Pair:
     tokens = torch.arange(NUM_TOKENS).remainder(shape.vocab)[None]
     os.sync()
     merged_in_memory, resident = timed(lambda: residents.merge([recipe]))
@@ -132,21 +142,23 @@ def run_pair(residents: ResidentCandidates, shape: Shape, recipe: Recipe, output
         resident=resident,
         resident_first_look=resident_first_look,
         is_equal=is_equal,
+        others=0.0,
     )
 
 
-def run_shape(shape: Shape, method: str, rounds: int, folder: Path) -> list[Pair]:
+def run_shape(shape: Shape, method: str, rounds: int, folder: Path, patience: float) -> list[Pair]:
     """Pairs on one shape, after one that is not counted: it compiles, and builds the resident model."""
     rng = random.Random(0)
     # The benchmark's companions lack a tokenizer, which a model that is only looked at does not need.
     with ResidentCandidates(BackendOptions(), threads=len(os.sched_getaffinity(0)), scratch=folder) as residents:
         pairs = []
         for number in range(rounds + 1):
+            wait_for_quiet(patience if number else 0)
             weights = [round(rng.uniform(0.1, 0.5), 3) for _ in shape.parents]
             pairs.append(run_pair(residents, shape, make_recipe(shape, method, weights), folder / f"out-{number}"))
             print(
                 f"{shape.name} {method} {number}: by disk {pairs[-1].by_disk:.3f} s, resident {pairs[-1].in_memory:.3f}"
-                f" s, load {os.getloadavg()[0]:.1f}",
+                f" s, others {pairs[-1].others:.1f} cores",
                 flush=True,
             )
     return pairs[1:]
@@ -186,6 +198,7 @@ def row(name: str, method: str, pairs: Sequence[Pair]) -> list[str]:
         f"{median([pair.resident_first_look for pair in pairs]):.3f}",
         f"**{median(ratios):.1f}** ({min(ratios):.1f} to {max(ratios):.1f})",
         "yes" if all(pair.is_equal for pair in pairs) else "NO",
+        f"{median([pair.others for pair in pairs]):.1f}",
     ]
 
 
@@ -195,9 +208,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--methods", nargs="*", default=["linear", "task_arithmetic", "ties"])
     parser.add_argument("--only", help="only shapes whose name holds this")
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet machine, each time")
     parser.add_argument("--reports", type=Path, default=REPORTS_DIR)
     arguments = parser.parse_args()
-    load_before = os.getloadavg()
     found: dict[tuple[str, str], list[Pair]] = {}
     with scratch_folder(arguments.scratch) as folder:
         for shape in shapes(folder):
@@ -205,12 +218,21 @@ def main() -> int:
                 continue
             for method in arguments.methods:
                 rounds = arguments.rounds if method != "ties" or "zoo" in shape.name else max(2, arguments.rounds // 2)
-                found[shape.name, method] = run_shape(shape, method, rounds, folder)
-    head = ["", "merge to disk", "load", "first look", "resident", "its first look", "times faster", "same logits"]
+                found[shape.name, method] = run_shape(shape, method, rounds, folder, arguments.patience)
+    head = [
+        "",
+        "merge to disk",
+        "load",
+        "first look",
+        "resident",
+        "its first look",
+        "times faster",
+        "same logits",
+        "others",
+    ]
     text = (
         f"Seconds, medians of {arguments.rounds} pairs (fewer for ties on the large shape). The figure to reach is "
-        f"{TARGET:.0f} times. Load average of the machine before: {load_before[0]:.1f}, after: "
-        f"{os.getloadavg()[0]:.1f}. "
+        f"{TARGET:.0f} times. *Others* is how many cores other processes kept busy meanwhile. "
         "Versions: " + ", ".join(f"{name} {v}" for name, v in versions(sys.executable, PACKAGES).items()) + "."
     )
     table = markdown_table(head, [row(*key, pairs) for key, pairs in found.items()])

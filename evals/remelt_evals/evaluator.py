@@ -76,8 +76,8 @@ class Evaluator:
         Args:
             recipe: bound, its paths absolute; candidates of one study differ in coefficients alone.
             suite: path of the suite that will score it: whether its items lie on disk decides how libraries start.
-            memory_bytes: what the merge may hold beside the model; half of the machine's by default.
-            threads: of the merge.
+            memory_bytes: what a merge may hold beside the model, parents kept in memory included; half of the
+                machine's by default. With `threads`, the number that work on it, it holds from the first call on.
 
         Returns:
             What to ask for in `EvalRequest.checkpoint` and `digest`; or in words why such candidates must go by disk.

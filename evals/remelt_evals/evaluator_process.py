@@ -324,11 +324,13 @@ def _read_exactly(descriptor: int, num_bytes: int, deadline: float | None) -> by
 
 
 def _resident_bytes() -> int:
-    """Resident memory now; 0 where the system does not say."""
+    """Resident memory of this process's own now, without mapped files; 0 where the system does not say."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        _, resident, shared, *_ = (int(word) for word in Path("/proc/self/statm").read_text().split())
     except OSError:
         return 0
+    # Parents that are mapped from the page cache are the system's to drop, and no sign of growth.
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _watch_parent(parent: int) -> None:
