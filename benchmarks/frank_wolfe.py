@@ -4,8 +4,9 @@
 
 Two pools: the four specialists, and the same with irrelevant checkpoints: each specialist's task vector with its
 elements shuffled inside every tensor, and normal noise of the same norm in every tensor. Both are as far from the base
-as the specialists are, and mean nothing. Calibration text are the zoo's search items, answered; the figure and the
-tables show the loss on blocks of it that nothing was optimised on. With --score, accuracies on the zoo's report items.
+as the specialists are, and mean nothing. Calibration text are the zoo's search and selection items, answered; the
+figure and the tables show the loss on blocks of it that nothing was optimised on. With --score, accuracies on the zoo's
+report items.
 """
 
 from __future__ import annotations
@@ -71,13 +72,14 @@ def main() -> None:
 
 
 def write_texts(folder: Path) -> None:
-    """The search items of each ability, answered, one a line."""
+    """The search and selection items of each ability, answered, one a line."""
     for ability in zoo.ABILITIES:
-        items = (zoo.zoo_dir() / "items" / f"{ability}_search.jsonl").read_text().splitlines()
-        lines = [
-            json.dumps({"text": item["context"] + item["choices"][item["label"]].rstrip("\n") + "\n"})
-            for item in map(json.loads, items)
-        ]
+        lines = []
+        for role in ("search", "selection"):
+            items = (zoo.zoo_dir() / "items" / f"{ability}_{role}.jsonl").read_text().splitlines()
+            for item in map(json.loads, items):
+                answer = item["choices"][item["label"]].rstrip("\n") + "\n"
+                lines.append(json.dumps({"context": item["context"], "answer": answer}))
         (folder / f"{ability}.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -128,9 +130,9 @@ def run(folder: Path, pool: str, members: dict[str, str], name: str, iterations:
         "pool": [{"model": source, "name": member} for member, source in members.items()],
         "base_model": str(zoo.base()),
         "calibration": {
-            "sources": [{"path": str(folder / f"{ability}.jsonl")} for ability in zoo.ABILITIES],
-            "blocks": 28,
-            "held_out": 12,
+            "sources": [source_of(folder, ability) for ability in zoo.ABILITIES],
+            "blocks": 26,
+            "held_out": 14,
             "block_tokens": 96,
             "end_of_text": False,
         },
@@ -147,6 +149,14 @@ def run(folder: Path, pool: str, members: dict[str, str], name: str, iterations:
     result = run_selection(parse_selection(document), folder / slug)
     print(f"{pool}: {name}: {held_out(result, 0):.4f} -> {held_out(result, result.best):.4f}", flush=True)
     return Walk(result, time.monotonic() - started)
+
+
+def source_of(folder: Path, ability: str) -> dict[str, Any]:
+    """Passages count whole; of questions, as in the zoo's training, the answer alone."""
+    path = str(folder / f"{ability}.jsonl")
+    if ability in ("prose", "python"):
+        return {"path": path, "field": ["context", "answer"]}
+    return {"path": path, "prompt": "context", "field": "answer"}
 
 
 def held_out(result: SelectionResult, number: int) -> float:

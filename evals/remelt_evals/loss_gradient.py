@@ -13,11 +13,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from remelt.checkpoint import CheckpointIndex
 from remelt.errors import EvaluationError
@@ -142,20 +145,28 @@ def load_tokenizer(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(checkpoint), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise EvaluationError(f"no tokenizer in {checkpoint}: {' '.join(str(error).split())[:300]}") from error
+    # Whole documents are tokenised before they are cut; a warning about their length would mislead.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
 
 
-def block_losses(model: Any, tokens_NL: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of each block's tokens from the second on, (N,), from logits in float32."""
+def block_losses(model: Any, blocks: Blocks, first: int, last: int) -> torch.Tensor:
+    """Mean negative log-likelihood of what counts in blocks [first, last), from float32 logits; 0 where nothing does.
+
+    `model` may be DeepSpeed's engine around one.
+    """
     import torch
 
+    tokens_NL = torch.from_numpy(blocks.tokens_NL[first:last]).to(model.device)
+    counted_NL = torch.from_numpy(blocks.counted_NL[first:last, 1:]).to(model.device)
     logits = model(input_ids=tokens_NL, use_cache=False).logits[:, :-1].float()
-    targets = tokens_NL[:, 1:].long()
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
+    losses_NL = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens_NL[:, 1:].long(), reduction="none")
+    return (losses_NL * counted_NL).sum(dim=1) / counted_NL.sum(dim=1).clamp(min=1)
 
 
 def batches(blocks: Blocks, batch_size: int) -> Iterator[tuple[int, int]]:
@@ -170,8 +181,7 @@ def _losses(model: Any, blocks: Blocks, batch_size: int) -> list[float]:
     found: list[float] = []
     with torch.inference_mode():
         for first, last in batches(blocks, batch_size):
-            tokens = torch.from_numpy(blocks.tokens_NL[first:last]).to(model.device)
-            found += block_losses(model, tokens).tolist()
+            found += block_losses(model, blocks, first, last).tolist()
     return found
 
 
@@ -197,8 +207,7 @@ def _losses_and_gradient(model: Any, blocks: Blocks, batch_size: int) -> tuple[l
     losses: list[float] = []
     try:
         for first, last in batches(blocks, batch_size):
-            tokens = torch.from_numpy(blocks.tokens_NL[first:last]).to(model.device)
-            found = block_losses(model, tokens)
+            found = block_losses(model, blocks, first, last)
             weighted: Any = found * shares[first:last].to(model.device)
             weighted.sum().backward()
             losses += found.detach().tolist()
@@ -228,10 +237,11 @@ def make_report(
 
 
 def _weigh(blocks: Blocks, losses: Sequence[float]) -> tuple[float, dict[str, float]]:
+    counts_N = blocks.counted_NL.sum(axis=1)
     by_source = {}
     for number, name in enumerate(blocks.names):
-        own = [loss for loss, source in zip(losses, blocks.source_N, strict=True) if source == number]
-        by_source[name] = math.fsum(own) / len(own)
+        own = np.flatnonzero(blocks.source_N == number)
+        by_source[name] = math.fsum(np.array(losses)[own] * counts_N[own]) / float(counts_N[own].sum())
     weighted = [weight * by_source[name] for name, weight in zip(blocks.names, blocks.weights, strict=True)]
     return math.fsum(weighted), by_source
 

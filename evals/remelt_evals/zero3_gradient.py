@@ -84,13 +84,14 @@ def measure_on_ranks(
 
 
 def _write_blocks(path: Path, blocks: Blocks) -> None:
-    np.savez(path, tokens=blocks.tokens_NL, source=blocks.source_N, names=blocks.names, weights=blocks.weights)
+    tokens, counted, source, names, weights = blocks
+    np.savez(path, tokens=tokens, counted=counted, source=source, names=names, weights=weights)
 
 
 def _read_blocks(path: Path) -> Blocks:
     with np.load(path, allow_pickle=False) as found:
         names, weights = tuple(map(str, found["names"])), tuple(map(float, found["weights"]))
-        return Blocks(found["tokens"], found["source"], names, weights)
+        return Blocks(found["tokens"], found["counted"], found["source"], names, weights)
 
 
 def _work(folder: Path) -> None:
@@ -160,15 +161,16 @@ def _engine(model: Any, config: dict[str, Any]) -> Any:
     return engine
 
 
-def _rounds(blocks: Blocks, options: LossOptions, rank: int, num_ranks: int) -> list[list[int]]:
-    """Blocks of this rank, round by round; every rank has as many rounds, since layers are gathered together."""
-    step = options.batch_size * num_ranks
-    total = len(blocks.tokens_NL)
-    rounds = []
-    for first in range(0, total, step):
-        own = list(range(first + rank * options.batch_size, first + (rank + 1) * options.batch_size))
-        rounds.append([number for number in own if number < total])
-    return rounds
+def _rounds(blocks: Blocks, options: LossOptions, rank: int, num_ranks: int) -> list[tuple[int, int]]:
+    """[first, last) of this rank's blocks, round by round.
+
+    Every rank has as many rounds, since layers are gathered together; it may have no blocks in the last one.
+    """
+    size, total = options.batch_size, len(blocks.tokens_NL)
+    firsts = range(
+        rank * size, rank * size + _num_rounds(blocks, options, num_ranks) * size * num_ranks, size * num_ranks
+    )
+    return [(min(first, total), min(first + size, total)) for first in firsts]
 
 
 def _losses(engine: Any, blocks: Blocks, options: LossOptions, rank: int, num_ranks: int) -> list[float]:
@@ -176,11 +178,11 @@ def _losses(engine: Any, blocks: Blocks, options: LossOptions, rank: int, num_ra
 
     found = torch.zeros(len(blocks.tokens_NL), dtype=torch.float64)
     with torch.no_grad():
-        for own in _rounds(blocks, options, rank, num_ranks):
-            tokens = torch.from_numpy(blocks.tokens_NL[own or [0]]).to(engine.device)
-            losses = block_losses(engine, tokens)
-            if own:
-                found[own] = losses.double().cpu()
+        for first, last in _rounds(blocks, options, rank, num_ranks):
+            has_blocks = last > first
+            losses = block_losses(engine, blocks, *((first, last) if has_blocks else (0, 1)))
+            if has_blocks:
+                found[first:last] = losses.double().cpu()
     return _sum_over_ranks(engine, found)
 
 
@@ -193,13 +195,13 @@ def _backward(engine: Any, blocks: Blocks, options: LossOptions, rank: int, num_
     rounds = _rounds(blocks, options, rank, num_ranks)
     # DeepSpeed takes the mean over ranks and rounds; the loss is a sum over blocks with their shares.
     scale = num_ranks * len(rounds)
-    for number, own in enumerate(rounds):
-        tokens = torch.from_numpy(blocks.tokens_NL[own or [0]]).to(engine.device)
-        losses = block_losses(engine, tokens)
-        weights = shares[own].to(engine.device) if own else torch.zeros(1, device=engine.device)
-        engine.backward((losses * weights).sum() * scale)
-        if own:
-            found[own] = losses.detach().double().cpu()
+    for number, (first, last) in enumerate(rounds):
+        has_blocks = last > first
+        losses = block_losses(engine, blocks, *((first, last) if has_blocks else (0, 1)))
+        weights = shares[first:last] if has_blocks else torch.zeros(1)
+        engine.backward((losses * weights.to(engine.device)).sum() * scale)
+        if has_blocks:
+            found[first:last] = losses.detach().double().cpu()
         if number + 1 < len(rounds):
             # Between two rounds this only counts; after the last one it would step and clear the gradient.
             engine.step()

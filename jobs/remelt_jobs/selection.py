@@ -29,17 +29,10 @@ import numpy as np
 from remelt.errors import OutputError, StudyError
 from remelt.executor import Executor, LocalExecutor
 from remelt.formats import open_checkpoint
-from remelt.frank_wolfe import (
-    Evaluation,
-    Iterate,
-    Matrix,
-    best_of,
-    block_products,
-    oracle_scores,
-    walk,
-)
+from remelt.frank_wolfe import Evaluation, Iterate, best_of, walk
 from remelt.inner_products import collect, measure_products, plan_products
 from remelt.merge import merge_recipe
+from remelt.oracle import Matrix, block_products, oracle_scores
 from remelt.receipts import write_file_durably
 from remelt.recipe import Recipe
 from remelt.verify import verify_merge

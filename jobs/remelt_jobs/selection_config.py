@@ -7,7 +7,7 @@
     base_in_hull: false           # whether the base is a vertex, too
     merge: {merge_method: linear} # or any operator with coefficients: {merge_method: ties, parameters: {density: 0.5}}
     calibration:
-      sources: [{path: text.jsonl, field: text}]
+      sources: [{path: text.jsonl, field: text}, {path: chat.jsonl, prompt: question, field: answer}]
       blocks: 32
       held_out: 16
       block_tokens: 512
@@ -37,8 +37,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from remelt.errors import RecipeError
-from remelt.frank_wolfe import GRANULARITIES, ORACLES, STEP_RULES, VARIANTS, Granularity, Options, Oracle
+from remelt.frank_wolfe import STEP_RULES, VARIANTS, Options
 from remelt.hull import Hull, Member
+from remelt.oracle import GRANULARITIES, ORACLES, Granularity, Oracle
 from remelt.strict_config import Section, load_yaml
 from remelt_evals.calibration import Calibration, parse_calibration
 from remelt_evals.loss_gradient import LossOptions
@@ -101,7 +102,10 @@ class SelectionConfig:
             "base_model": [hull.base, hull.with_base],
             "merge": [hull.merge_method, dict(hull.parameters), [dict(rule) for rule in hull.rules], dict(hull.more)],
             "calibration": [
-                [[source.name, list(source.fields), source.weight] for source in self.calibration.sources],
+                [
+                    [source.name, list(source.prompt), list(source.fields), source.weight]
+                    for source in self.calibration.sources
+                ],
                 self.calibration.blocks,
                 self.calibration.held_out,
                 self.calibration.block_tokens,

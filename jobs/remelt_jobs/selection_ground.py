@@ -11,10 +11,10 @@ from remelt.checkpoint import CheckpointIndex
 from remelt.errors import RecipeError
 from remelt.executor import Executor
 from remelt.formats import open_checkpoint
-from remelt.frank_wolfe import Blocks, group_tensors
 from remelt.hub import is_local
 from remelt.inner_products import plan_products
 from remelt.merge import open_checkpoints
+from remelt.oracle import Blocks, group_tensors
 from remelt.planner import build_plan
 from remelt_evals.calibration import Blocks as TokenBlocks
 from remelt_evals.calibration import make_blocks
@@ -62,6 +62,12 @@ def survey_ground(config: SelectionConfig, executor: Executor) -> Ground:
     blocks = group_tensors(names, config.granularity)
     # The gradient does not exist yet; the layout's own tensors stand for it.
     plan_products(layout, vertices_V, base=base, names=set(names), budget=executor.budget())
+    positions = layout.config.get("max_position_embeddings")
+    if isinstance(positions, int) and positions < config.calibration.block_tokens:
+        raise RecipeError(
+            f"calibration: blocks of {config.calibration.block_tokens} tokens were asked for, {layout.source} knows "
+            f"{positions} positions; give a block_tokens of at most that"
+        )
     tokenizer = load_tokenizer(Path(layout.root), trust_remote_code=config.loss.trust_remote_code)
     tokens, held_out = make_blocks(config.calibration, tokenizer, seed=config.seed)
     notes = list(plan.notes)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from remelt.errors import RecipeError
-from remelt.frank_wolfe import Blocks, Matrix
+from remelt.oracle import Blocks, Matrix
 from remelt.recipe import MergeRule, Recipe
 from remelt.recipe_checks import installed_operators
 from remelt.recipe_yaml import parse_recipe

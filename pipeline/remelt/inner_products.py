@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from remelt.checkpoint import CheckpointIndex, TensorInfo
 from remelt.dtypes import DTYPES
 from remelt.errors import BudgetError, MismatchError, NonFiniteError, NumericsError
-from remelt.frank_wolfe import TensorProducts
 from remelt.kernels.program import geometry_of
 from remelt.memory import (
     BLOCK_ELEMENTS,
@@ -35,6 +34,7 @@ from remelt.memory import (
     default_memory_bytes,
 )
 from remelt.numerics import numerics_tag
+from remelt.oracle import TensorProducts
 from remelt.plan import ModelFiles, Projection, model_files
 from remelt.planner import Budget
 from remelt.range_reader import RangeReader

@@ -35,7 +35,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     prose, sums = write_text(tmp_path_factory.mktemp("text"))
     sources = (
         Source(path=prose, name="prose", weight=3.0),
-        Source(path=sums, name="sums", fields=("question", "answer")),
+        Source(path=sums, name="sums", prompt=("question",), fields=("answer",)),
     )
     return Calibration(sources=sources, blocks=5, held_out=2, block_tokens=24)
 
@@ -129,6 +129,25 @@ def test_sums_stay_in_float32_where_the_model_computes_in_bfloat16(blocks: Block
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.98
 
 
+def test_prompts_are_read_but_do_not_count(blocks: Blocks) -> None:
+    tokenizer = load_tokenizer(zoo.base())
+    for tokens, counted in zip(blocks.tokens_NL[5:], blocks.counted_NL[5:], strict=True):
+        text = "".join(
+            tokenizer.decode([token]) if counts else "?" for token, counts in zip(tokens, counted, strict=True)
+        )
+        assert "=" not in text
+        assert "+" not in text
+        assert any(character.isdigit() for character in text)
+    assert blocks.counted_NL[:5, 1:].all()
+    assert not blocks.counted_NL[:, 0].any()
+    # What stands in a prompt decides what follows it, and nothing else.
+    changed = blocks.tokens_NL.copy()
+    changed[5:, -1] = 9
+    same = blocks._replace(counted_NL=blocks.counted_NL & (np.arange(24) < 23))
+    other = same._replace(tokens_NL=changed)
+    assert measure(zoo.base(), same, OPTIONS).loss == pytest.approx(measure(zoo.base(), other, OPTIONS).loss, abs=1e-9)
+
+
 def test_sources_count_by_weight_not_by_length(calibration: Calibration, blocks: Blocks) -> None:
     report = measure(zoo.base(), blocks, OPTIONS)
     assert report.loss == pytest.approx(0.75 * report.by_source["prose"] + 0.25 * report.by_source["sums"])
@@ -140,7 +159,7 @@ def test_sources_count_by_weight_not_by_length(calibration: Calibration, blocks:
 def test_zero3_on_two_ranks_gives_the_gradient_of_one_process(kind: str, blocks: Blocks, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     checkpoint = zoo.base() if kind == "dense" else zoo.experts_base()
-    held_out = blocks._replace(tokens_NL=blocks.tokens_NL[:, :12])
+    held_out = blocks._replace(tokens_NL=blocks.tokens_NL[:, :12], counted_NL=blocks.counted_NL[:, :12])
     one = measure(checkpoint, blocks, OPTIONS, gradient=tmp_path / "one", held_out=held_out)
     # 10 blocks in batches of 2 over 2 ranks: three rounds, the last one with a rank that has nothing to do.
     options = LossOptions(batch_size=2, threads=1, ranks=2)
@@ -189,7 +208,9 @@ def test_blocks_are_drawn_by_the_seed_and_held_out_ones_are_others(calibration: 
 def test_json_fields_are_joined_and_missing_ones_named(tmp_path: Path) -> None:
     _, sums = write_text(tmp_path)
     source = Source(path=sums, name="sums", fields=("question", "answer"))
-    assert next(read_documents(source)) == "0+0=0"
+    assert next(read_documents(source)) == ("", "0+0=0")
+    asked = Source(path=sums, name="sums", prompt=("question",), fields=("answer",))
+    assert next(read_documents(asked)) == ("0+0=", "0")
     for field, message in (
         ("anser", "lacks the field 'anser'; did you mean 'answer'"),
         ("number", "has no text under"),

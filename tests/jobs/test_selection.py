@@ -14,10 +14,10 @@ from command import Command, the_line
 from remelt.errors import EvaluationError, RecipeError, StudyError
 from remelt.executor import LocalExecutor
 from remelt.formats import open_checkpoint
-from remelt.frank_wolfe import group_tensors
 from remelt.hull import Hull, Member
 from remelt.inner_products import collect, measure_products, plan_products
 from remelt.merge import merge_recipe
+from remelt.oracle import group_tensors
 from remelt.recipe_yaml import load_recipe
 from remelt.resolve import resolve
 from remelt.strict_config import dump_yaml
@@ -39,7 +39,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for ability in ("prose", "arithmetic"):
         items = (zoo.zoo_dir() / "items" / f"{ability}_search.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in items]
-        lines = [{"text": item["context"] + item["choices"][item["label"]].rstrip() + "\n"} for item in records]
+        lines = [
+            {"prompt": item["context"], "text": item["choices"][item["label"]].rstrip() + "\n"} for item in records
+        ]
         (folder / f"{ability}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -50,7 +52,10 @@ def make_document(texts: Path, **changes: Any) -> dict[str, Any]:
         "pool": [{"model": str(parents[name]), "name": name} for name in ("prose", "python", "arithmetic")],
         "base_model": str(zoo.base()),
         "calibration": {
-            "sources": [{"path": str(texts / "prose.jsonl")}, {"path": str(texts / "arithmetic.jsonl")}],
+            "sources": [
+                {"path": str(texts / "prose.jsonl"), "field": ["prompt", "text"]},
+                {"path": str(texts / "arithmetic.jsonl"), "prompt": "prompt"},
+            ],
             "blocks": 4,
             "held_out": 2,
             "block_tokens": 48,
@@ -267,9 +272,10 @@ def test_bad_input_ends_with_one_line_and_status_2(
     assert "they differ in: variant" not in line(finished, variant="away")
     assert "they differ in: steps" in line(finished, variant="away")
     assert "no such" in line(tmp_path / "a", pool=["./nowhere", str(zoo.base())]).lower()
-    assert "make 6 blocks" in line(
-        tmp_path / "b", calibration={"sources": [{"path": str(texts / "prose.jsonl")}], "block_tokens": 1000}
-    )
+    sources = [{"path": str(texts / "prose.jsonl")}]
+    assert "knows 128 positions" in line(tmp_path / "b", calibration={"sources": sources, "block_tokens": 1000})
+    calibration = {"sources": sources, "block_tokens": 128, "blocks": 500}
+    assert "500 blocks and 16 held out were asked for" in line(tmp_path / "b", calibration=calibration)
     (tmp_path / "c" / "best").mkdir(parents=True)
     assert "no selection of ours" in line(tmp_path / "c")
 

@@ -14,22 +14,18 @@ from remelt.errors import RecipeError
 from remelt.frank_wolfe import (
     Evaluation,
     Iterate,
-    Matrix,
     Options,
-    TensorProducts,
     best_of,
-    block_products,
     duality_gaps,
     find_direction,
-    group_tensors,
     minimise,
     open_loop,
-    oracle_scores,
     project,
     search_line,
     take_step,
     walk,
 )
+from remelt.oracle import Matrix, TensorProducts, block_products, group_tensors, oracle_scores
 
 VARIANTS = ("vanilla", "away", "pairwise")
 

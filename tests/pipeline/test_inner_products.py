@@ -13,8 +13,8 @@ from remelt import inner_products
 from remelt.errors import BudgetError, MismatchError, NonFiniteError, NumericsError
 from remelt.executor import LocalExecutor
 from remelt.formats import open_checkpoint
-from remelt.frank_wolfe import TensorProducts
 from remelt.inner_products import ProductPlan, collect, measure_products, plan_products
+from remelt.oracle import TensorProducts
 from remelt.planner import Budget
 from remelt.range_reader import RangeReader
 
