@@ -86,7 +86,7 @@ def make_report(evaluation_id: str, role: Role, skill: float, **changes: object)
     return EvalReport(**fields | changes)  # type: ignore[arg-type]
 
 
-def write_study(reports: Path, study_id: str = STUDY_ID, *, says_winner: bool = True) -> list[TrialRow]:
+def write_study(reports: Path, study_id: str = STUDY_ID) -> list[TrialRow]:
     """Nine trials: trial 7 failed; search, selection (for finalists) and report items, as a study writes them."""
     skills = {0: 0.4, 1: 0.45, 2: 0.55, 3: 0.3, 4: 0.5, 5: 0.6, 6: 0.7, 8: 0.75}
     trials = []
@@ -106,7 +106,7 @@ def write_study(reports: Path, study_id: str = STUDY_ID, *, says_winner: bool = 
             started_at=at,
             finished_at=at + timedelta(minutes=3),
             seconds=180.0,
-            is_winner=number == WINNER if says_winner else None,
+            is_winner=number == WINNER,
         )
         if number in skills:
             row = dataclasses.replace(row, **_scored(reports, study_id, row, skills[number]))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -15,14 +15,10 @@ from remelt.errors import EvaluationError
 from remelt.strict_config import suggestion
 from remelt_evals.eval_report import EvalReport, SampleScore, TaskReport
 from remelt_evals.paired import Difference, compare, keyed_samples
-from remelt_evals.report_reading import Evaluation, with_samples
+from remelt_evals.report_reading import BEST, SHORTEST_PREFIX, Evaluation, with_samples
 from remelt_evals.report_tables import TrialRow
 
 _NUM_EXAMPLES = 5
-_SHORTEST_PREFIX = 4
-
-BEST = "best"
-"""Names the trial that a study published."""
 
 
 class Flip(NamedTuple):
@@ -113,9 +109,9 @@ def compare_in_reports(
     Raises:
         EvaluationError: a name is unknown or ambiguous, or suites, fidelities or items differ; the message says how.
     """
-    labels = _aliases(trials)
+    labels = [(trial.label or "", bool(trial.is_winner)) for trial in trials]
     found_a, found_b = (
-        find_evaluations(evaluations, name, role=role, study_id=study_id, aliases=labels) for name in (name_a, name_b)
+        find_evaluations(evaluations, name, role=role, study_id=study_id, labels=labels) for name in (name_a, name_b)
     )
     a, b = _matching_pair(found_a, found_b, name_a, name_b)
     report_a, report_b = (_one_task(with_samples(reports, each), task) for each in (a, b))
@@ -134,23 +130,26 @@ def find_evaluations(
     *,
     role: str | None = None,
     study_id: str | None = None,
-    aliases: Mapping[str, Sequence[str]] | None = None,
+    labels: Sequence[tuple[str, bool]] = (),
 ) -> list[Evaluation]:
     """All evaluations of the one checkpoint that `name` names, on the items of a role.
+
+    Args:
+        labels: of the study's trials, and which of them is `best`.
 
     Raises:
         EvaluationError: there is none, there are several checkpoints, or none of its evaluations has the role.
     """
     wanted = {name, f"trial {name}"} if name.isdigit() else {name}
-    wanted.update((aliases or {}).get(name, ()))
+    wanted.update(label for label, is_best in labels if is_best and name == BEST)
     found = [each for each in evaluations if each.context.label in wanted and each.context.study_id == study_id]
     if not found:  # outside of studies
         found = [each for each in evaluations if name in (each.report.checkpoint, Path(each.report.checkpoint).name)]
         found = [each for each in found if each.context.label is None]
-    if not found and len(name) >= _SHORTEST_PREFIX:
+    if not found and len(name) >= SHORTEST_PREFIX:
         found = [each for each in evaluations if any(one.startswith(name) for one in _ids(each))]
     if not found:
-        known = sorted({each.name for each in evaluations if each.context.study_id == study_id})
+        known = {each.name for each in evaluations} | {label for label, _ in labels if not label.startswith("trial ")}
         raise EvaluationError(f"no evaluation is called {name!r}; {suggestion(name, known)}")
     _refuse_several(found, name)
     with_role = [each for each in found if role in (None, each.report.role)]
@@ -176,17 +175,14 @@ def choose_one(
     Raises:
         EvaluationError: there is none, or there are several; the message lists them.
     """
-    found = find_evaluations(evaluations, name, role=role, study_id=study_id, aliases=_aliases(trials))
+    labels = [(trial.label or "", bool(trial.is_winner)) for trial in trials]
+    found = find_evaluations(evaluations, name, role=role, study_id=study_id, labels=labels)
     if len(found) > 1:
         listed = ", ".join(
             f"{each.report.evaluation_id[:12]} ({each.report.role}, {each.report.fidelity})" for each in found
         )
         raise EvaluationError(f"{name} has several evaluations: give the id of one, or a --role: {listed}")
     return replace(found[0], report=with_samples(reports, found[0])) if found[0].report.is_ok else found[0]
-
-
-def _aliases(trials: Iterable[TrialRow]) -> dict[str, list[str]]:
-    return {BEST: [trial.label or "" for trial in trials if trial.is_winner]}
 
 
 def _ids(evaluation: Evaluation) -> list[str]:

@@ -180,7 +180,7 @@ def search_figures(trials: Sequence[TrialRow], best: TrialRow) -> list[Figure]:
         values,
         marked=[trial.trial_number == best.trial_number for trial in shown],
         with_numbers=False,
-        most=most,
+        most=most if len(set(most)) > 1 else most[0],
         title="values of the search's variables in every trial",
         axis="trial",
     )

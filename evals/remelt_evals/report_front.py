@@ -89,26 +89,27 @@ def front_of_trials(
 
     Args:
         objectives: abilities of the suite, or `score` for the study's own objective; every ability by default.
+        evaluations: of the trials where another role than search is asked for; else one is enough, to tell where higher
+            is better, if trials have scores of their own.
         role: whose items.
 
     Raises:
         EvaluationError: no trial has values, or an objective is unknown.
     """
     by_id = {evaluation.report.evaluation_id: evaluation for evaluation in evaluations}
-    found = [(trial, search_evaluation(trial, by_id, role)) for trial in trials]
-    scored = [(trial, one) for trial, one in found if one is not None and one.report.is_ok]
+    higher_is_better = _orientation(by_id.values())
+    scored = [one for trial in trials if (one := _scored(trial, by_id, role, higher_is_better)) is not None]
     if not scored:
         raise EvaluationError(f"none of {len(trials)} trials was scored on {role} items")
-    fidelities = [one.report.fidelity for _, one in scored]
+    fidelities = [one.fidelity for one in scored]
     fidelity = max(set(fidelities), key=lambda name: (name == "full", fidelities.count(name), name))
-    comparable = [(trial, one) for trial, one in scored if one.report.fidelity == fidelity]
-    known = entry_names(comparable[0][1].report.tasks)
+    comparable = [one for one in scored if one.fidelity == fidelity]
+    known = [name for name in comparable[0].entries if name != SCORE]
     names = tuple(objectives) or tuple(known)
     if unknown := [name for name in names if name not in (*known, SCORE)]:
         raise EvaluationError(f"no objective {unknown[0]!r} in this study; {suggestion(unknown[0], [*known, SCORE])}")
     rows = []
-    for trial, one in comparable:
-        entries = _entries(trial, one)
+    for trial, _, entries in comparable:
         if all(name in entries for name in names):
             rows.append((trial, [entries[name] for name in names]))
     if not rows:
@@ -144,12 +145,38 @@ class _Entry(NamedTuple):
     higher_is_better: bool
 
 
-def _entries(trial: TrialRow, evaluation: Evaluation) -> Mapping[str, _Entry]:
-    tasks = evaluation.report.tasks
-    entries = {
-        name: _Entry(task.value, task.stderr, task.higher_is_better)
-        for name, task in zip(entry_names(tasks), tasks, strict=True)
-    }
+class _Scored(NamedTuple):
+    trial: TrialRow
+    fidelity: str
+    entries: Mapping[str, _Entry]
+
+
+def _orientation(evaluations: Iterable[Evaluation]) -> Mapping[str, bool]:
+    """Of each entry, whether higher is better."""
+    found: dict[str, bool] = {}
+    for one in evaluations:
+        tasks = one.report.tasks
+        found |= {name: task.higher_is_better for name, task in zip(entry_names(tasks), tasks, strict=True)}
+    return found
+
+
+def _scored(
+    trial: TrialRow, by_id: Mapping[str, Evaluation], role: str, higher_is_better: Mapping[str, bool]
+) -> _Scored | None:
+    """A trial's values on the items of a role; None where it has none."""
+    evaluation = search_evaluation(trial, by_id, role)
+    entries: dict[str, _Entry] = {}
+    if evaluation is not None and evaluation.report.is_ok:
+        tasks = evaluation.report.tasks
+        fidelity = evaluation.report.fidelity
+        for name, task in zip(entry_names(tasks), tasks, strict=True):
+            entries[name] = _Entry(task.value, task.stderr, task.higher_is_better)
+    elif role == "search" and trial.scores and trial.scores.keys() <= higher_is_better.keys():
+        fidelity = trial.fidelity or "full"
+        for name, value in trial.scores.items():
+            entries[name] = _Entry(value, (trial.standard_errors or {}).get(name), higher_is_better[name])
+    if not entries:
+        return None
     if trial.score is not None:
         entries[SCORE] = _Entry(trial.score, trial.standard_error, True)
-    return entries
+    return _Scored(trial, fidelity, entries)

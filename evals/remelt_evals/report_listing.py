@@ -45,8 +45,7 @@ def list_rows(reports: str | Path, table: str, study_id: str | None) -> Listing:
     if table == "trials":
         if study_id is None:
             raise EvaluationError(f"{reports} holds no study, so there are no trials; see --table runs")
-        evaluations = read_evaluations(reports, study_id=study_id)
-        return _trials(read_trials(reports, study_id, evaluations), study_id)
+        return _trials(read_trials(reports, study_id), study_id)
     if table == "runs":
         return _runs(read_evaluations(reports, study_id=study_id or NO_STUDY))
     filters = {"study": [study_id or NO_STUDY]}

@@ -26,6 +26,7 @@ from remelt_evals.report_reading import (
     NO_STUDY,
     Evaluation,
     entry_names,
+    evaluations_of,
     macro_standard_error,
     read_evaluations,
     read_trials,
@@ -51,8 +52,14 @@ def report_page(reports: str | Path, study_id: str | None) -> str:
     """
     import jinja2
 
-    evaluations = read_evaluations(reports, study_id=study_id or NO_STUDY)
-    trials = [] if study_id is None else read_trials(reports, study_id, evaluations)
+    trials = [] if study_id is None else read_trials(reports, study_id)
+    best = _best_trial(trials)
+    starts = [trial for trial in trials if is_start(trial, "uniform") or is_start(trial, "parent")]
+    evaluations = (
+        evaluations_of(reports, [*starts, *([best] if best else [])])
+        if study_id
+        else read_evaluations(reports, study_id=NO_STUDY)
+    )
     if not any(evaluation.report.is_ok for evaluation in evaluations):
         raise EvaluationError(f"{reports} holds no evaluation that succeeded, so there is nothing to draw")
     environment = jinja2.Environment(
@@ -62,15 +69,18 @@ def report_page(reports: str | Path, study_id: str | None) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    fields = _fields(Path(reports), study_id, trials, evaluations)
+    fields = _fields(Path(reports), study_id, trials, best, evaluations)
     return environment.get_template("report.html.j2").render(fields)
 
 
 def _fields(
-    reports: Path, study_id: str | None, trials: Sequence[TrialRow], evaluations: Sequence[Evaluation]
+    reports: Path,
+    study_id: str | None,
+    trials: Sequence[TrialRow],
+    best: TrialRow | None,
+    evaluations: Sequence[Evaluation],
 ) -> dict[str, Any]:
     by_id = {evaluation.report.evaluation_id: evaluation for evaluation in evaluations}
-    best = _best_trial(trials)
     rows = _rows(trials, best, by_id) if trials else _loose_rows(evaluations)
     role = rows[-1].evaluation.report.role
     winner = rows[-1].evaluation

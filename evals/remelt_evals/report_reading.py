@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,12 @@ from remelt_evals.report_tables import ParentRow, RunContext, TrialRow, read_tab
 
 NO_STUDY = "none"
 """The partition of evaluations outside of studies."""
+
+BEST = "best"
+"""Names the trial that a study published."""
+
+SHORTEST_PREFIX = 4
+"""Characters of an id that name it."""
 
 
 class StudyEntry(NamedTuple):
@@ -96,11 +103,12 @@ def choose_study(reports: str | Path, wanted: str | None = None) -> str | None:
     return found[0]
 
 
-def read_trials(reports: str | Path, study_id: str, evaluations: Iterable[Evaluation] = ()) -> list[TrialRow]:
+def read_trials(reports: str | Path, study_id: str, evaluations: Iterable[Evaluation] | None = None) -> list[TrialRow]:
     """The trials of a study by number.
 
     Args:
-        evaluations: of the study; what the trials do not say themselves is taken from theirs on search items.
+        evaluations: of the study; what trials do not say themselves is taken from theirs on search items. They are read
+            where they are needed and not given.
 
     Raises:
         EvaluationError: the study has no trials.
@@ -108,9 +116,18 @@ def read_trials(reports: str | Path, study_id: str, evaluations: Iterable[Evalua
     rows = read_table(reports, "trials", filters={"study": [study_id]}).to_pylist()
     if not rows:
         raise EvaluationError(f"{reports} holds no trials of study {study_id[:12]}")
+    trials = [_trial(row) for row in sorted(rows, key=lambda row: row["trial_number"])]
+    if all(is_complete(trial) for trial in trials):
+        return trials
+    if evaluations is None:
+        evaluations = read_evaluations(reports, study_id=study_id)
     by_id = {evaluation.report.evaluation_id: evaluation for evaluation in evaluations}
-    trials = [_completed(_trial(row), by_id) for row in sorted(rows, key=lambda row: row["trial_number"])]
-    return _with_winner(trials, by_id)
+    return [_completed(trial, by_id) for trial in trials]
+
+
+def is_complete(trial: TrialRow) -> bool:
+    """Whether a trial says all that `show` wants of it, so that its evaluations need not be read."""
+    return trial.score is None or None not in (trial.scores, trial.standard_errors, trial.fidelity)
 
 
 def read_evaluations(
@@ -148,6 +165,37 @@ def _labels(reports: str | Path, runs: Sequence[Mapping[str, Any]]) -> dict[str,
         return {}
     rows = read_table(reports, "trials", columns=["trial_id", "label"], filters={"study": studies}).to_pylist()
     return {row["trial_id"]: row["label"] for row in rows}
+
+
+def evaluations_of(reports: str | Path, trials: Iterable[TrialRow]) -> list[Evaluation]:
+    """The evaluations of some trials; reads no others."""
+    ids = {each for trial in trials for each in trial.evaluation_ids}
+    return read_evaluations(reports, evaluation_ids=ids) if ids else []
+
+
+def evaluations_named(reports: str | Path, names: Iterable[str], trials: Sequence[TrialRow]) -> list[Evaluation]:
+    """Evaluations that one of the names may mean, and all outside of studies; reads no others.
+
+    Args:
+        names: as `report_comparing.find_evaluations` takes them.
+        trials: of the study.
+    """
+    ids: set[str] = set()
+    for name in names:
+        ids.update(each for trial in trials if _may_mean(trial, name) for each in trial.evaluation_ids)
+        if len(name) >= SHORTEST_PREFIX:
+            files = (Path(reports) / "runs").glob(f"*/*/part-{escape(name)}*.parquet")
+            ids.update(file.stem.removeprefix("part-") for file in files)
+    named = read_evaluations(reports, evaluation_ids=ids) if ids else []
+    others = read_evaluations(reports, study_id=NO_STUDY)
+    return [*named, *(one for one in others if one.report.evaluation_id not in ids)]
+
+
+def _may_mean(trial: TrialRow, name: str) -> bool:
+    if name in (trial.label, str(trial.trial_number)) or (name == BEST and trial.is_winner):
+        return True
+    ids = (trial.candidate_id or "", trial.digest or "")
+    return len(name) >= SHORTEST_PREFIX and any(one.startswith(name) for one in ids)
 
 
 def with_samples(reports: str | Path, evaluation: Evaluation) -> EvalReport:
@@ -222,28 +270,6 @@ def _completed(trial: TrialRow, by_id: Mapping[str, Evaluation]) -> TrialRow:
         evaluation_seconds=report.seconds if trial.evaluation_seconds is None else trial.evaluation_seconds,
         merge_seconds=context.merge_seconds if trial.merge_seconds is None else trial.merge_seconds,
     )
-
-
-def _with_winner(trials: list[TrialRow], by_id: Mapping[str, Evaluation]) -> list[TrialRow]:
-    """Trials of a study that did not say which one it published: the best on selection items, if it was reported."""
-    if any(trial.is_winner is not None for trial in trials):
-        return trials
-    selected = [(trial, search_evaluation(trial, by_id, "selection")) for trial in trials]
-    scored = [
-        (_macro(evaluation.report), -trial.trial_number)
-        for trial, evaluation in selected
-        if evaluation is not None and evaluation.report.is_ok
-    ]
-    if not scored:
-        return trials
-    winner = -max(scored)[1]
-    if not any(trial.trial_number == winner and search_evaluation(trial, by_id, "report") for trial in trials):
-        return trials
-    return [replace(trial, is_winner=trial.trial_number == winner) for trial in trials]
-
-
-def _macro(report: EvalReport) -> float:
-    return sum(task.weight * task.oriented_value for task in report.tasks) / sum(task.weight for task in report.tasks)
 
 
 def _trial(row: Mapping[str, Any]) -> TrialRow:

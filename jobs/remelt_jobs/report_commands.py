@@ -85,12 +85,12 @@ def compare(
 ) -> None:
     """Is B better than A, and where is it worse? Paired bootstrap over the items that both answered."""
     from remelt_evals.report_comparing import compare_in_reports
-    from remelt_evals.report_reading import choose_study, find_reports, read_evaluations, read_trials
+    from remelt_evals.report_reading import choose_study, evaluations_named, find_reports, read_trials
 
     folder = find_reports(reports)
     study_id = choose_study(folder, study)
-    evaluations = read_evaluations(folder)
-    trials = [] if study_id is None else read_trials(folder, study_id, evaluations)
+    trials = [] if study_id is None else read_trials(folder, study_id)
+    evaluations = evaluations_named(folder, (a, b), trials)
     found = compare_in_reports(folder, evaluations, a, b, role=role.value, task=task, trials=trials, study_id=study_id)
     if as_json:
         _print_json(found.to_json())
@@ -110,16 +110,19 @@ def front(
 ) -> None:
     """The trials that no other trial beats on one ability without losing on another."""
     from remelt_evals.report_front import front_of_trials
-    from remelt_evals.report_reading import choose_study, find_reports, read_evaluations, read_trials
+    from remelt_evals.report_reading import choose_study, evaluations_of, find_reports, read_trials
     from remelt_jobs.tables import print_table
 
     folder = find_reports(reports)
     study_id = choose_study(folder, study)
     if study_id is None:
         raise EvaluationError(f"{folder} holds no study, and a front is one of a study's trials")
-    evaluations = read_evaluations(folder, study_id=study_id)
+    trials = read_trials(folder, study_id)
+    # On search items trials have their own scores; one evaluation tells where higher is better.
+    scored = [trial for trial in trials if trial.scores]
+    evaluations = evaluations_of(folder, scored[:1] if role is RoleName.SEARCH else trials)
     names = [name.strip() for name in objectives.split(",") if name.strip()]
-    found = front_of_trials(read_trials(folder, study_id, evaluations), evaluations, names, role=role.value)
+    found = front_of_trials(trials, evaluations, names, role=role.value)
     if as_json:
         _print_json({"study_id": study_id, **found.to_json()})
         return
@@ -175,12 +178,12 @@ def export(
     from remelt.receipts import write_file_durably
     from remelt_evals.report_comparing import choose_one
     from remelt_evals.report_export import lm_eval_results
-    from remelt_evals.report_reading import choose_study, find_reports, read_evaluations, read_trials
+    from remelt_evals.report_reading import choose_study, evaluations_named, find_reports, read_trials
 
     folder = find_reports(reports)
     study_id = choose_study(folder, study)
-    evaluations = read_evaluations(folder)
-    trials = [] if study_id is None else read_trials(folder, study_id, evaluations)
+    trials = [] if study_id is None else read_trials(folder, study_id)
+    evaluations = evaluations_named(folder, (evaluation,), trials)
     wanted = None if role is None else role.value
     chosen = choose_one(folder, evaluations, evaluation, role=wanted, trials=trials, study_id=study_id)
     text = json.dumps(lm_eval_results(chosen), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

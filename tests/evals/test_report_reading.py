@@ -14,7 +14,9 @@ from remelt_evals.eval_report import objective
 from remelt_evals.report_reading import (
     NO_STUDY,
     choose_study,
+    evaluations_named,
     find_reports,
+    is_complete,
     list_studies,
     macro_standard_error,
     read_evaluations,
@@ -82,12 +84,25 @@ def test_trials_take_errors_and_places_from_their_evaluations_on_search_items(re
         assert (trial.host, trial.device, trial.fidelity) == ("node-1", "cpu", "full")
 
 
-def test_the_winner_is_the_best_on_selection_items_where_no_trial_says_so(tmp_path: Path) -> None:
-    write_study(tmp_path, says_winner=False)
-    trials = read_trials(tmp_path, STUDY_ID, read_evaluations(tmp_path, study_id=STUDY_ID))
-    assert [trial.trial_number for trial in trials if trial.is_winner] == [WINNER]
-    best_on_search = max((trial for trial in trials if trial.score is not None), key=lambda trial: trial.score or 0)
-    assert best_on_search.trial_number != WINNER
+def test_trials_that_say_everything_are_read_without_their_evaluations(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    trials = read_trials(tmp_path, STUDY_ID)
+    assert not any(is_complete(trial) for trial in write_study(tmp_path) if trial.score is not None)
+    assert all(is_complete(trial) for trial in trials)
+    write_trials(tmp_path, STUDY_ID, trials, study_started_at=BEGAN)
+    shutil.rmtree(tmp_path / "runs")
+    assert read_trials(tmp_path, STUDY_ID) == trials
+
+
+def test_only_evaluations_that_a_name_may_mean_are_read(reports: Path) -> None:
+    trials = read_trials(reports, STUDY_ID)
+    outside = {one.report.evaluation_id for one in read_evaluations(reports, study_id=NO_STUDY)}
+    for name in ("best", f"trial {WINNER}", str(WINNER), f"c{WINNER}aa", f"w{WINNER}dd"):
+        found = {one.report.evaluation_id for one in evaluations_named(reports, [name], trials)}
+        assert found - outside == set(trials[WINNER].evaluation_ids), name
+    (one,) = {each.report.evaluation_id for each in evaluations_named(reports, ["6rep"], trials)} - outside
+    assert one == trials[WINNER].evaluation_ids[2]
+    assert {each.report.evaluation_id for each in evaluations_named(reports, ["*", "????"], trials)} == outside
 
 
 def test_runs_that_do_not_say_their_label_take_that_of_their_trial(tmp_path: Path) -> None:
