@@ -21,6 +21,7 @@ from remelt.errors import StudyError
 from remelt.searchers import Trial, TrialState
 from remelt_evals.eval_report import EvalReport, Role, objective
 from remelt_evals.objectives import OBJECTIVES, Objective
+from remelt_evals.report_reading import entry_names, macro_standard_error
 from remelt_jobs.candidates import Candidate
 from remelt_jobs.journal import Record
 from remelt_jobs.trial import Outcome
@@ -216,6 +217,8 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
         "score": score,
         "values": values,
         "abilities": {} if report is None else ability_values(report),
+        "ability_errors": {} if report is None else dict(zip(entry_names(report.tasks), _stderrs(report), strict=True)),
+        "score_error": None if report is None or outcome.estimate is not None else macro_standard_error(report),
         "fidelity": None if report is None else report.fidelity,
         "failure": outcome.failure,
         "digest": outcome.digest,
@@ -225,6 +228,10 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 3),
         "where": outcome.where,
     }
+
+
+def _stderrs(report: EvalReport) -> list[float | None]:
+    return [task.stderr for task in report.tasks]
 
 
 def ability_values(report: EvalReport) -> Mapping[str, float]:

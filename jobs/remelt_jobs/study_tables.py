@@ -72,6 +72,9 @@ def _trial_row(study_id: str, state: StudyState, candidate: Candidate) -> TrialR
         finished_at=None if finished_at is None else datetime.fromisoformat(finished_at),
         seconds=record.get("seconds"),
         digest=record.get("digest"),
+        # Errors of ranks and of values standardised by other trials do not follow from those of the entries.
+        standard_error=None if state.objective.is_relative else record.get("score_error"),
+        standard_errors=record.get("ability_errors") or None,
         origin=candidate.origin,
         fidelity=record.get("fidelity"),
         is_winner=None if state.published is None else state.published["trial"] == number,
