@@ -40,6 +40,7 @@ from remelt_evals.loss_gradient import LossReport, measure
 from remelt_jobs.candidates import with_absolute_paths
 from remelt_jobs.journal import Journal, Record, read_journal
 from remelt_jobs.lease import Lease, take_lease
+from remelt_jobs.ray_session import ray_session
 from remelt_jobs.selection_config import SelectionConfig
 from remelt_jobs.selection_ground import Ground, survey_ground
 from remelt_jobs.selection_result import BEST, Row, SelectionResult
@@ -76,6 +77,9 @@ def run_selection(
         lease = stack.enter_context(take_lease(output, takeover=takeover).kept_alive())
         journal = stack.enter_context(Journal(output, lease))
         _check_identity(config, journal.records, output)
+        if config.place.name == "ray":
+            # One connection for all merges and passes; each would otherwise start a cluster of its own.
+            stack.enter_context(ray_session())
         run = _Selection(config, output, lease, journal, executor, ground, progress or (lambda sentence: None))
         return run.run()
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import measured_products
 from checkpoint_files import bf16, write_file
 from remelt import inner_products
 from remelt.errors import BudgetError, MismatchError, NonFiniteError, NumericsError
@@ -124,6 +129,23 @@ def test_memory_does_not_grow_with_the_pool(folder: Path) -> None:
     assert sum(many.values()) - sum(few.values()) < 1_000_000
 
 
+@pytest.mark.slow
+def test_measured_memory_is_below_the_projected_and_that_of_a_small_pool(tmp_path: Path) -> None:
+    shape = (6000, 4096)
+    bits = np.random.default_rng(0).integers(0x3C00, 0x3F80, shape, np.uint16)
+    for name in ("base", "member"):
+        write_file(tmp_path / name / "model.safetensors", {"model.embed_tokens.weight": ("BF16", bits)})
+    gradient = {"model.embed_tokens.weight": ("F32", bits.astype(np.float32))}
+    write_file(tmp_path / "gradient" / "model.safetensors", gradient)
+    folders = [tmp_path / name for name in ("gradient", "base", "member")]
+    command = [sys.executable, measured_products.__file__, 2, 60_000_000, *folders, 2, 16]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    few, many = map(json.loads, done.stdout.splitlines())
+    # The gradient alone is 98 MB.
+    assert many["measured"] <= many["projected"] <= 60_000_000
+    assert many["measured"] - few["measured"] < 2_000_000
+
+
 def test_a_budget_that_is_too_small_is_refused_with_both_numbers(folder: Path) -> None:
     with pytest.raises(BudgetError, match=r"stay within 10 MiB.*need \d+ MiB"):
         plan_products(index(folder, "gradient"), [index(folder, "p1")], budget=Budget(memory_bytes=10 << 20))
@@ -159,7 +181,5 @@ def test_nan_in_a_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
 
 def test_a_worker_with_other_kernels_is_refused(folder: Path) -> None:
     plan = make_plan(folder)
-    from dataclasses import replace
-
     with pytest.raises(NumericsError, match="numerics cpu-other"):
         measure_products(replace(plan.settings, numerics="cpu-other"), plan.units[0])
