@@ -71,7 +71,8 @@ class Options:
     variant: Variant = "pairwise"
     step: StepRule = "line_search"
     scale: float = 1.0
-    """In (0, 1]; the open loop's step is scale x 2 / (t + 2), a line search looks no further than scale x the farthest edge."""
+    """In (0, 1]. The open loop's step is scale x 2 / (t + 2); a line search goes no further than scale x the farthest
+    edge."""
     soft_vertices: int | None = None
     """None for hard steps, to one vertex; else the number of vertices of a soft step."""
     soft_steps: int = 3
