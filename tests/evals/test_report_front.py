@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 
 from remelt.errors import EvaluationError
 from remelt_evals.report_front import front_of_trials, non_dominated
-from remelt_evals.report_reading import read_evaluations, read_trials
+from remelt_evals.report_reading import evaluations_of, read_evaluations, read_trials
 from study_reports import STUDY_ID, write_study
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reports")
+    write_study(folder)
+    return folder
+
 
 Points = st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=12)
 
@@ -31,10 +39,9 @@ def test_a_point_is_on_the_front_if_and_only_if_none_dominates_it(points: list[t
     assert found.any()
 
 
-def test_the_front_of_a_study_knows_which_way_is_better(tmp_path: Path) -> None:
-    write_study(tmp_path)
-    evaluations = read_evaluations(tmp_path, study_id=STUDY_ID)
-    trials = read_trials(tmp_path, STUDY_ID, evaluations)
+def test_the_front_of_a_study_knows_which_way_is_better(reports: Path) -> None:
+    evaluations = read_evaluations(reports, study_id=STUDY_ID)
+    trials = read_trials(reports, STUDY_ID, evaluations)
     front = front_of_trials(trials, evaluations)
     assert front.objectives == ("words", "prose")
     assert front.higher_is_better == (True, False)
@@ -48,24 +55,28 @@ def test_the_front_of_a_study_knows_which_way_is_better(tmp_path: Path) -> None:
     assert on_report.to_json()["front"][0]["trial_number"] == 6
 
 
-def test_trials_of_a_lower_fidelity_are_left_out(tmp_path: Path) -> None:
-    write_study(tmp_path)
+def test_trials_of_a_lower_fidelity_are_left_out(reports: Path) -> None:
     evaluations = [
         dataclasses.replace(one, report=dataclasses.replace(one.report, fidelity="first-8"))
         if one.context.trial_number == 8
         else one
-        for one in read_evaluations(tmp_path, study_id=STUDY_ID)
+        for one in read_evaluations(reports, study_id=STUDY_ID)
     ]
-    front = front_of_trials(read_trials(tmp_path, STUDY_ID, evaluations), evaluations)
+    front = front_of_trials(read_trials(reports, STUDY_ID, evaluations), evaluations)
     assert (front.fidelity, front.num_left_out) == ("full", 2)
     assert [point.trial.trial_number for point in front.best] == [6]
 
 
-def test_unknown_objectives_and_empty_roles_are_refused(tmp_path: Path) -> None:
-    write_study(tmp_path)
-    evaluations = read_evaluations(tmp_path, study_id=STUDY_ID)
-    trials = read_trials(tmp_path, STUDY_ID, evaluations)
+def test_unknown_objectives_and_empty_roles_are_refused(reports: Path) -> None:
+    evaluations = read_evaluations(reports, study_id=STUDY_ID)
+    trials = read_trials(reports, STUDY_ID, evaluations)
     with pytest.raises(EvaluationError, match="no objective 'word' in this study; did you mean 'words'"):
         front_of_trials(trials, evaluations, ["word"])
     with pytest.raises(EvaluationError, match="none of 9 trials was scored on search items"):
         front_of_trials(trials, [])
+
+
+def test_one_evaluation_is_enough_where_trials_have_their_own_scores(reports: Path) -> None:
+    evaluations = read_evaluations(reports, study_id=STUDY_ID)
+    trials = read_trials(reports, STUDY_ID, evaluations)
+    assert front_of_trials(trials, evaluations_of(reports, trials[:1])) == front_of_trials(trials, evaluations)

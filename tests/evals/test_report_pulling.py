@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,17 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Path:
-    folder = tmp_path / "cluster" / "reports"
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
     write_study(folder)
     return folder
+
+
+@pytest.fixture
+def cluster(written: Path, tmp_path: Path) -> Path:
+    """Reports that a test may change."""
+    return shutil.copytree(written, tmp_path / "cluster" / "reports")
 
 
 def test_what_was_pulled_is_what_was_there_and_is_not_pulled_twice(cluster: Path, tmp_path: Path) -> None:
