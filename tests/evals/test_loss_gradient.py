@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from remelt.range_reader import RangeReader
 from remelt.strict_config import Section
 from remelt_evals import zoo
 from remelt_evals.calibration import Blocks, Calibration, Source, make_blocks, parse_calibration, read_documents
-from remelt_evals.loss_gradient import LossOptions, load_tokenizer, measure
+from remelt_evals.loss_gradient import LossOptions, load_model, load_tokenizer, measure, write_gradient
 
 OPTIONS = LossOptions(batch_size=4, threads=1)
 PROSE = "the river runs over stone and the light falls on it\n"
@@ -106,6 +107,17 @@ def test_experts_get_gradients_under_the_names_of_the_files(blocks: Blocks, tmp_
     assert all("bias" in name for name in report.without_gradient)
     names = set(open_checkpoint(str(zoo.experts_base())).tensors)
     assert set(index.tensors) == names - set(report.without_gradient)
+
+
+def test_tensors_that_lead_nowhere_in_the_files_are_refused(tmp_path: Path) -> None:
+    model = load_model(zoo.experts_base(), OPTIONS)
+    gradients = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def gather(names: Sequence[str]) -> dict[str, Any]:
+        return {name: gradients[name] for name in names}
+
+    with pytest.raises(EvaluationError, match=r"does not lead back .*the checkpoint has it as"):
+        write_gradient(model, gather, open_checkpoint(str(zoo.base())), tmp_path)
 
 
 def test_batches_change_nothing_but_rounding(blocks: Blocks, tmp_path: Path) -> None:

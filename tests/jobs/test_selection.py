@@ -172,6 +172,18 @@ def test_granularities_variants_and_operators_lower_the_loss(
     assert (found >= 0).all()
 
 
+def test_a_mixture_of_experts_is_selected_from_by_the_names_of_its_files(texts: Path, tmp_path: Path) -> None:
+    pool = [{"model": str(path), "name": name} for name, path in zoo.experts_parents().items()]
+    changes = {"pool": pool, "base_model": str(zoo.experts_base()), "granularity": "tensor", "steps": {"iterations": 1}}
+    result = run_selection(make_config(texts, **changes), tmp_path / "out")
+    assert result.rows[1].loss < result.rows[0].loss
+    found = json.loads((tmp_path / "out" / "iterates" / "0001" / "coefficients.json").read_text())
+    moved = [label for label, row in zip(found["blocks"], found["coefficients"], strict=True) if row != [0.5, 0.5]]
+    assert any(".experts.3." in label for label in moved)
+    # It has no gradient, and keeps what it began with.
+    assert not any("e_score_correction_bias" in label for label in moved)
+
+
 @pytest.mark.parametrize("granularity", ["layer", "tensor"])
 def test_a_recipe_gives_every_tensor_the_coefficients_of_its_block(granularity: Any) -> None:
     names = list(open_checkpoint(str(zoo.base())).tensors)
