@@ -277,7 +277,6 @@ def _trial(row: Mapping[str, Any]) -> TrialRow:
     fields = {name: row[name] for name in TrialRow.__slots__}
     fields |= {name: None if row[name] is None else dict(row[name]) for name in maps}
     fields["evaluation_ids"] = tuple(row["evaluation_ids"] or ())
-    fields["seen"] = None if row["seen"] is None else tuple(row["seen"])
     return TrialRow(**fields)
 
 

@@ -160,7 +160,11 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
         Column("coefficients", "map", "the search's variables and their values"),
         Column("is_winner", "flag", "whether the study published it; null while it has published nothing"),
         Column("asked_after", "whole", "how many trials had finished when it was asked for"),
-        Column("seen", "wholes", "numbers of the trials that its ask had seen"),
+        Column(
+            "finish_place",
+            "whole",
+            "place in the order of finishing, from 0; an ask had seen those below its asked_after",
+        ),
         Column("host", "text", "the machine that it ran on"),
         Column("device", "text", "`cpu`, or the accelerator's name"),
         Column("error", "text", "why it failed"),

@@ -89,8 +89,8 @@ class TrialRow:
     is_winner: bool | None = None
     asked_after: int | None = None
     """How many trials had finished when it was asked for."""
-    seen: tuple[int, ...] | None = None
-    """Numbers of the trials that its ask had seen."""
+    finish_place: int | None = None
+    """Place in the order of finishing, from 0: an ask had seen the trials whose place is below its `asked_after`."""
     host: str | None = None
     device: str | None = None
     merge_seconds: float | None = None
@@ -156,7 +156,7 @@ def write_trials(reports: str | Path, study_id: str, trials: Sequence[TrialRow],
             "standard_errors": _pairs(trial.standard_errors),
             "is_winner": trial.is_winner,
             "asked_after": trial.asked_after,
-            "seen": None if trial.seen is None else list(trial.seen),
+            "finish_place": trial.finish_place,
             "host": trial.host,
             "device": trial.device,
             "merge_seconds": number_or_none(trial.merge_seconds),

@@ -48,11 +48,15 @@ def write_trials_so_far(reports: Path, config: StudyConfig, state: StudyState) -
     """Write the trials table anew, as it is done with every trial for those who watch."""
     assert state.identity is not None
     started = datetime.fromisoformat(state.identity["at"])
-    rows = [_trial_row(config.study_id, state, candidate) for candidate in state.candidates.values()]
+    places = {number: place for place, number in enumerate(state.finished)}
+    rows = [
+        _trial_row(config.study_id, state, candidate, places.get(number))
+        for number, candidate in state.candidates.items()
+    ]
     return write_trials(reports, config.study_id, rows, study_started_at=started)
 
 
-def _trial_row(study_id: str, state: StudyState, candidate: Candidate) -> TrialRow:
+def _trial_row(study_id: str, state: StudyState, candidate: Candidate, place: int | None) -> TrialRow:
     number = candidate.number
     record = state.finished.get(number, {})
     records = [record, state.scored.get(("selection", number), {}), state.scored.get(("report", number), {})]
@@ -79,7 +83,7 @@ def _trial_row(study_id: str, state: StudyState, candidate: Candidate) -> TrialR
         fidelity=record.get("fidelity"),
         is_winner=None if state.published is None else state.published["trial"] == number,
         asked_after=state.asked_after[number],
-        seen=tuple(state.finished)[: state.asked_after[number]],
+        finish_place=place,
         host=record.get("where") or None,
         merge_seconds=record.get("merge_seconds"),
         evaluation_seconds=_difference(record.get("seconds"), record.get("merge_seconds")),
