@@ -70,6 +70,9 @@ class Pair:
     resident_first_look: float
     is_equal: bool
     """Logits, bit for bit, and digests."""
+    cpu_by_disk: float
+    """CPU seconds of all threads, the forward passes left out."""
+    cpu_in_memory: float
     others: float
     """Cores that other processes kept busy meanwhile."""
 
@@ -124,13 +127,17 @@ def run_pair(residents: ResidentCandidates, shape: Shape, recipe: Recipe, output
 def _run_pair(residents: ResidentCandidates, shape: Shape, recipe: Recipe, output: Path) -> Pair:
     tokens = torch.arange(NUM_TOKENS).remainder(shape.vocab)[None]
     os.sync()
+    cpu = time.process_time()
     merged_in_memory, resident = timed(lambda: residents.merge([recipe]))
     if isinstance(merged_in_memory, str):
         raise RuntimeError(merged_in_memory)
+    cpu_in_memory = time.process_time() - cpu
     (candidate,) = merged_in_memory
     logits, resident_first_look = look_twice(candidate.model, tokens)
+    cpu = time.process_time()
     merged, merge = timed(lambda: merge_recipe(recipe, output))
     (model, _), load = timed(lambda: load_model(str(output), BackendOptions()))
+    cpu_by_disk = time.process_time() - cpu
     expected, first_look = look_twice(model, tokens)
     is_equal = torch.equal(logits, expected) and candidate.digest == merged.digest
     del model
@@ -142,6 +149,8 @@ def _run_pair(residents: ResidentCandidates, shape: Shape, recipe: Recipe, outpu
         resident=resident,
         resident_first_look=resident_first_look,
         is_equal=is_equal,
+        cpu_by_disk=cpu_by_disk,
+        cpu_in_memory=cpu_in_memory,
         others=0.0,
     )
 
@@ -156,9 +165,10 @@ def run_shape(shape: Shape, method: str, rounds: int, folder: Path, patience: fl
             wait_for_quiet(patience if number else 0)
             weights = [round(rng.uniform(0.1, 0.5), 3) for _ in shape.parents]
             pairs.append(run_pair(residents, shape, make_recipe(shape, method, weights), folder / f"out-{number}"))
+            last = pairs[-1]
             print(
-                f"{shape.name} {method} {number}: by disk {pairs[-1].by_disk:.3f} s, resident {pairs[-1].in_memory:.3f}"
-                f" s, others {pairs[-1].others:.1f} cores",
+                f"{shape.name} {method} {number}: by disk {last.by_disk:.3f} s, resident {last.in_memory:.3f} s; CPU "
+                f"{last.cpu_by_disk:.3f} and {last.cpu_in_memory:.3f} s; others {last.others:.1f} cores",
                 flush=True,
             )
     return pairs[1:]
@@ -197,6 +207,8 @@ def row(name: str, method: str, pairs: Sequence[Pair]) -> list[str]:
         f"{median([pair.resident for pair in pairs]):.3f}",
         f"{median([pair.resident_first_look for pair in pairs]):.3f}",
         f"**{median(ratios):.1f}** ({min(ratios):.1f} to {max(ratios):.1f})",
+        f"{median([pair.cpu_by_disk for pair in pairs]):.3f}",
+        f"{median([pair.cpu_in_memory for pair in pairs]):.3f}",
         "yes" if all(pair.is_equal for pair in pairs) else "NO",
         f"{median([pair.others for pair in pairs]):.1f}",
     ]
@@ -219,20 +231,12 @@ def main() -> int:
             for method in arguments.methods:
                 rounds = arguments.rounds if method != "ties" or "zoo" in shape.name else max(2, arguments.rounds // 2)
                 found[shape.name, method] = run_shape(shape, method, rounds, folder, arguments.patience)
-    head = [
-        "",
-        "merge to disk",
-        "load",
-        "first look",
-        "resident",
-        "its first look",
-        "times faster",
-        "same logits",
-        "others",
-    ]
+    head = ["", "merge to disk", "load", "first look", "resident", "its first look", "times faster"]
+    head += ["CPU by disk", "CPU resident", "same logits", "others"]
     text = (
         f"Seconds, medians of {arguments.rounds} pairs (fewer for ties on the large shape). The figure to reach is "
-        f"{TARGET:.0f} times. *Others* is how many cores other processes kept busy meanwhile. "
+        f"{TARGET:.0f} times. CPU seconds are those of all threads, forward passes left out. *Others* is how many cores "
+        "other processes kept busy meanwhile. "
         "Versions: " + ", ".join(f"{name} {v}" for name, v in versions(sys.executable, PACKAGES).items()) + "."
     )
     table = markdown_table(head, [row(*key, pairs) for key, pairs in found.items()])

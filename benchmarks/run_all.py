@@ -21,6 +21,8 @@ SCRIPTS: dict[str, list[str]] = {
     "plan_scale": [],
     "same_bytes": [],
     "accuracy": [],
+    "resident": [],
+    "generation": [],
     "zoo_search": ["--seeds", "5"],
 }
 TAKES_SCRATCH = SCRIPTS.keys() - {"zoo_search"}
