@@ -235,8 +235,8 @@ def main() -> int:
     head += ["CPU by disk", "CPU resident", "same logits", "others"]
     text = (
         f"Seconds, medians of {arguments.rounds} pairs (fewer for ties on the large shape). The figure to reach is "
-        f"{TARGET:.0f} times. CPU seconds are those of all threads, forward passes left out. *Others* is how many cores "
-        "other processes kept busy meanwhile. "
+        f"{TARGET:.0f} times. CPU seconds are those of all threads, forward passes left out. *Others* is how many "
+        "cores other processes kept busy meanwhile. "
         "Versions: " + ", ".join(f"{name} {v}" for name, v in versions(sys.executable, PACKAGES).items()) + "."
     )
     table = markdown_table(head, [row(*key, pairs) for key, pairs in found.items()])
