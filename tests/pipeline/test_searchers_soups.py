@@ -341,6 +341,14 @@ def test_lcsc_finds_negative_coefficients_where_intervals_allow_them() -> None:
     assert all(math.isclose(sum(trial.values.values()), 1.0, abs_tol=1e-9) for trial in trials)
 
 
+def test_lcsc_tries_the_corner_of_a_simplex_once() -> None:
+    """Where one parent alone is best, most children are projected onto it."""
+    trials = run("lcsc", simplex(3), lambda values: values["w1"], 80, single_parents([0.0, 1.0, 0.0]), population=4)
+    points = {tuple(trial.values.values()) for trial in trials}
+    assert len(points) == 80
+    assert (0.0, 1.0, 0.0) not in points
+
+
 def test_lcsc_beats_random_search_on_a_quadratic() -> None:
     target = (0.55, 0.25, 0.15, 0.05)
 

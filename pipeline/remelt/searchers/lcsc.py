@@ -24,6 +24,9 @@ DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
 FINEST = 0.01
 """The smallest mutation, as a part of the largest: one that is too coarse everywhere never settles."""
 
+MOST_CHILDREN = 100
+"""Draws of one ask until a child is none that was tried before."""
+
 
 class Lcsc:
     """A steady population: every ask is a child of two of the best trials so far, so no evaluator ever waits.
@@ -77,19 +80,29 @@ class Lcsc:
         parents = self._parents(seen)
         if index < self.population or len(parents) < 2:
             return self._first(index, draws)
-        return self._child(parents, draws)
+        # Projection puts many children on the same corner of a simplex; each is tried once.
+        tried = {self._key(trial.values or self.space.values(trial.point)) for trial in seen if self._is_known(trial)}
+        for _ in range(MOST_CHILDREN):
+            child = self._child(parents, draws)
+            if self._key(child) not in tried:
+                return child
+        return uniform_point(self.space, draws)
+
+    def _key(self, values: Mapping[str, float]) -> tuple[float, ...]:
+        return tuple(round(values[name], 12) for name in self._intervals)
+
+    def _is_known(self, trial: Trial) -> bool:
+        """Whether the variables say what it evaluated."""
+        return bool(trial.point) or all(name in trial.values for name in self._intervals)
 
     def _parents(self, seen: Sequence[Trial]) -> list[Mapping[str, float]]:
         """Values of the best trials, best first; of equals the earlier to finish."""
         scored = [
             (trial.score, trial.values or self.space.values(trial.point))
             for trial in seen
-            if trial.score is not None and (trial.point or self._is_whole(trial.values))
+            if trial.score is not None and self._is_known(trial)
         ]
         return [values for _, values in sorted(scored, key=lambda one: -one[0])[: self.population]]
-
-    def _is_whole(self, values: Mapping[str, float]) -> bool:
-        return all(name in values for name in self._intervals)
 
     def _first(self, index: int, draws: np.random.Generator) -> dict[str, float]:
         """One of the first population: an average of the run, or a draw."""
