@@ -68,6 +68,8 @@ def show(
     if study_id:
         print(f"study {study_id[:12]}, {name}:")
     print_table(listing.header, [row.cells for row in shown])
+    if any(row.fields.get("is_winner") for row in shown):
+        print("* published by the study")
     if len(shown) < len(rows):
         print(f"{len(rows) - len(shown)} more; --limit 0 shows all")
 

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from command import Command, the_line
-from remelt_evals.report_tables import write_evaluation
+from remelt_evals.report_reading import macro_standard_error
+from remelt_evals.report_tables import read_table, write_evaluation
+from remelt_jobs.candidates import starting_candidates
+from remelt_jobs.study_config import parse_study
+from remelt_jobs.study_state import StudyState, outcome_fields
+from remelt_jobs.study_tables import write_candidate, write_trials_so_far
+from remelt_jobs.trial import Outcome
+from study_fixtures import make_document
 from study_reports import STUDY_ID, make_report, write_study
 
 
@@ -32,10 +39,11 @@ def test_show_lists_the_trials_of_the_last_study_best_first(remelt: Command, stu
     lines = run.out.splitlines()
     assert lines[0] == f"study {STUDY_ID[:12]}, trials:"
     assert lines[1].split() == ["trial", "label", "state", "score", "words", "prose", "where", "seconds", "error"]
-    numbers = [int(line.split()[0]) for line in lines[2:]]
+    numbers = [int(line.split()[0]) for line in lines[2:-1]]
+    assert lines[-1] == "* published by the study"
     assert numbers == [8, 6, 5, 2, 4, 1, 0, 3, 7]
     assert "trial 6 *" in lines[3] and "±" in lines[3] and "node-1 cpu" in lines[3]
-    assert "failed" in lines[-1] and "the evaluator was killed" in lines[-1]
+    assert "failed" in lines[-2] and "the evaluator was killed" in lines[-2]
 
 
 def test_show_sorts_and_limits(remelt: Command, study: Path) -> None:
@@ -53,7 +61,7 @@ def test_show_sorts_and_limits(remelt: Command, study: Path) -> None:
 def test_show_has_every_table_for_people_and_for_machines(table: str, rows: int, remelt: Command, study: Path) -> None:
     run = remelt("report", "show", study, "--table", table, "--limit", 0)
     assert run.status == 0
-    assert len(run.out.splitlines()) == rows + 2
+    assert len(run.out.splitlines()) == rows + 2 + (table == "trials")
     found = json.loads(remelt("report", "show", study, "--table", table, "--limit", 3, "--json").out)
     assert len(found) == 3 and all(row["study_id"] == STUDY_ID for row in found)
 
@@ -142,3 +150,42 @@ def test_a_folder_without_reports_is_refused(remelt: Command, tmp_path: Path) ->
     for command in ("show", "front"):
         assert "holds no reports" in the_line(remelt("report", command, tmp_path))
     assert "is no folder" in the_line(remelt("report", "show", tmp_path / "nowhere"))
+
+
+def test_a_study_writes_all_that_show_wants_of_a_trial(
+    parents: dict[str, Path], suite_file: Path, remelt: Command, tmp_path: Path
+) -> None:
+    """The study's own writer, without running one: what it is told of a trial, `show` prints, and it reads one file."""
+    config = parse_study(make_document(parents, suite_file))
+    state = StudyState()
+    at = "2026-11-21T10:00:00.000+00:00"
+    state.apply({"type": "study", "at": at, "inputs": {}})
+    starts = starting_candidates(config.recipe, config.space)[:3]
+    for candidate in starts:
+        state.apply({"type": "asked", "at": at, "candidate": candidate.to_record(), "asked_after": 0})
+    for number, skill in ((1, 0.4), (0, 0.6)):
+        report = make_report(f"{number}" * 64, "search", skill)
+        outcome = Outcome(report=report, digest="d" * 64, merge_seconds=1.5, seconds=4.0, where="node-3")
+        state.apply({"type": "finished", "at": at, "trial": number, **outcome_fields(outcome)})
+        inputs = {ref.name: "identity" for ref in config.recipe.checkpoints}
+        write_candidate(tmp_path, config, inputs, starts[number], outcome)
+    state.apply({"type": "published", "at": at, "trial": 0, "digest": "d" * 64})
+    write_trials_so_far(tmp_path, config, state)
+
+    (first, second, third) = read_table(tmp_path, "trials").to_pylist()
+    assert (first["standard_error"], first["host"], first["fidelity"]) == (
+        pytest.approx(macro_standard_error(report)),
+        "node-3",
+        "full",
+    )
+    assert (first["merge_seconds"], first["evaluation_seconds"], first["origin"]) == (1.5, 2.5, "uniform")
+    assert [row["finish_place"] for row in (first, second, third)] == [1, 0, None]
+    assert [row["is_winner"] for row in (first, second, third)] == [True, False, False]
+    assert {row["label"]: row["host"] for row in read_table(tmp_path, "runs").to_pylist()} == {
+        "uniform": "node-3",
+        starts[1].label: "node-3",
+    }
+    shutil.rmtree(tmp_path / "runs")
+    lines = remelt("report", "show", tmp_path).out.splitlines()
+    assert "uniform *" in lines[2] and "node-3" in lines[2] and "±" in lines[2]
+    assert "running" in lines[4]
