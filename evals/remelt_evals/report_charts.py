@@ -111,6 +111,8 @@ def front_chart(panels: Sequence[tuple[str, str, bool, bool, Sequence[Mark]]]) -
         ]
         title = _directed(name_y, more_y, bottom - top)
         parts.append(svg_text(left - 44, (top + bottom) / 2, title, "middle", "axis", turn=-90))
+        if len(panels) == 1:
+            parts.append(_front_line(marks, x, y))
         parts += _panel_marks(marks, x, y, Box(left, top, right, bottom))
     return svg_image(WIDTH, rows * (each + 16), parts, "trials over pairs of objectives", "front-panels")
 
@@ -230,6 +232,13 @@ def _bar(bar: Bar, x: Scale, top: float, height: float, task: str) -> list[str]:
     return parts
 
 
+def _front_line(marks: Sequence[Mark], x: Scale, y: Scale) -> str:
+    """Through the points of the front, where there are two objectives and it is a line."""
+    points = sorted((mark.x, mark.y) for mark in marks if mark.is_on_front)
+    path = "L".join(f"{x(one):.1f} {y(two):.1f}" for one, two in points)
+    return f'<path class="front-line" d="M{path}"/>' if len(points) > 1 else ""
+
+
 def _panel_marks(marks: Sequence[Mark], x: Scale, y: Scale, area: Box) -> list[str]:
     # The front last, so that it lies on top.
     ordered = sorted(marks, key=lambda mark: (mark.is_winner, mark.is_on_front, mark.kind == "parent"))
@@ -237,7 +246,7 @@ def _panel_marks(marks: Sequence[Mark], x: Scale, y: Scale, area: Box) -> list[s
     taken = [Box(x(m.x) - 4, y(m.y) - 4, x(m.x) + 4, y(m.y) + 4) for m in ordered if m.label or m.is_on_front]
     for mark in ordered:
         if mark.label:
-            parts += labelled(x(mark.x), y(mark.y), mark.label, taken, area)
+            parts += labelled(x(mark.x), y(mark.y), mark.label, taken, area, gap=12 if mark.is_winner else 8)
     return parts
 
 

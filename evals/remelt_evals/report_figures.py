@@ -132,7 +132,7 @@ def front_figure(front: Front, best: TrialRow) -> Figure:
         panels.append((front.objectives[one], front.objectives[two], higher[one], higher[two], marks))
     num_left = len(list(combinations(range(len(front.objectives)), 2))) - len(pairs)
     caption = (
-        f"{len(front.best)} of {len(front.points)} trials are on the front over all {len(front.objectives)} abilities "
+        f"{len(front.best)} of {len(front.points)} trials on the front over {len(front.objectives)} abilities "
         f"(filled): no other trial is at least as good everywhere and better somewhere. {front.role.capitalize()} "
         "items; arrows point to better."
     )

@@ -42,19 +42,22 @@ class Scale(NamedTuple):
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def labelled(x: float, y: float, text: str, taken: list[Box], area: Box, *, is_above: bool = False) -> list[str]:
+def labelled(
+    x: float, y: float, text: str, taken: list[Box], area: Box, *, is_above: bool = False, gap: float = 8
+) -> list[str]:
     """A label beside a point where there is room for it; none where there is not.
 
     Args:
         taken: what labels keep clear of; the label's own place is added.
         is_above: whether above the point is tried first, as beside a line.
+        gap: between the point and a label beside it.
     """
     width, half = CHAR * len(text), FONT / 2
     places = [
-        (x + 8, y + 4, "start", x + 8),
-        (x - 8, y + 4, "end", x - 8 - width),
-        (x, y - 9, "middle", x - width / 2),
-        (x, y + 17, "middle", x - width / 2),
+        (x + gap, y + 4, "start", x + gap),
+        (x - gap, y + 4, "end", x - gap - width),
+        (x, y - gap - 1, "middle", x - width / 2),
+        (x, y + gap + 9, "middle", x - width / 2),
     ]
     if is_above:
         places = [(x, y - 12, "middle", x - width / 2), (x + 8, y + 17, "start", x + 8), *places]
