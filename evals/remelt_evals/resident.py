@@ -31,6 +31,9 @@ from remelt_evals.hf_backend import load_model
 from remelt_evals.resident_places import StoredShape, find_places
 from remelt_evals.resident_sink import ParameterSink, Place, make_place
 
+SMALL_BYTES = 32 * 1024 * 1024
+"""A checkpoint below this is merged by one thread: it is done before a second one has found its first block."""
+
 
 class ResidentCandidate(NamedTuple):
     """A candidate in memory, whole."""
@@ -112,7 +115,7 @@ class ResidentCandidates:
             EvaluationError: the candidate does not load, or not completely.
         """
         parents = self._open(recipes[0])
-        plan = build_plan(recipes, parents.indexes, self._budget())
+        plan = build_plan(recipes, parents.indexes, self._budget(parents.indexes))
         problem = self._build(plan, parents.indexes[plan.layout_model], len(recipes))
         if problem is not None:
             return problem
@@ -129,8 +132,9 @@ class ResidentCandidates:
             for one, own in zip(live, merged, strict=False)
         ]
 
-    def _budget(self) -> Budget:
-        return Budget(memory_bytes=self._memory_bytes, threads=self._threads)
+    def _budget(self, indexes: Sequence[CheckpointIndex]) -> Budget:
+        is_small = max(sum(file.size for file in index.files) for index in indexes) < SMALL_BYTES
+        return Budget(memory_bytes=self._memory_bytes, threads=1 if is_small else self._threads)
 
     def _open(self, recipe: Recipe) -> ParentReaders:
         """The recipe's parents, opened once for all candidates; those that changed are refused by the merge."""
@@ -138,7 +142,7 @@ class ResidentCandidates:
         if self._parents is None or self._parents[0] != sources:
             self.close()
             indexes = open_checkpoints(recipe)
-            plan = build_plan(recipe, indexes, self._budget())
+            plan = build_plan(recipe, indexes, self._budget(indexes))
             self._parents = (sources, ParentReaders(indexes, self._memory_bytes - plan.projection.total_bytes))
         return self._parents[1]
 
