@@ -15,9 +15,8 @@ import argparse
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -40,15 +39,9 @@ WALKS: dict[str, dict[str, Any]] = {
     "soft, 4 vertices": {"soft": {"vertices": 4, "steps": 3}},
     "pairwise by layer": {"variant": "pairwise", "granularity": "layer"},
     "pairwise by tensor": {"variant": "pairwise", "granularity": "tensor"},
+    "pairwise, base in the hull": {"variant": "pairwise", "base_in_hull": True},
 }
 SHOWN = "pairwise, line search"
-
-
-class Walk(NamedTuple):
-    """One selection that was run."""
-
-    result: SelectionResult
-    seconds: float
 
 
 def main() -> None:
@@ -123,7 +116,7 @@ def read_float(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         return {name: (reader.read(name).astype(np.uint32) << 16).view(np.float32) for name in index.tensors}
 
 
-def run(folder: Path, pool: str, members: dict[str, str], name: str, iterations: int) -> Walk:
+def run(folder: Path, pool: str, members: dict[str, str], name: str, iterations: int) -> SelectionResult:
     """One selection over one pool."""
     changes = WALKS[name]
     document = {
@@ -145,10 +138,9 @@ def run(folder: Path, pool: str, members: dict[str, str], name: str, iterations:
     }
     slug = "".join(character if character.isalnum() else "-" for character in f"{pool} {name}")
     (folder / f"{slug}.yaml").write_text(dump_yaml(document))
-    started = time.monotonic()
     result = run_selection(parse_selection(document), folder / slug)
     print(f"{pool}: {name}: {held_out(result, 0):.4f} -> {held_out(result, result.best):.4f}", flush=True)
-    return Walk(result, time.monotonic() - started)
+    return result
 
 
 def source_of(folder: Path, ability: str) -> dict[str, Any]:
@@ -171,7 +163,7 @@ def on_irrelevant(result: SelectionResult) -> float:
     )
 
 
-def score(walks: dict[str, dict[str, Walk]]) -> dict[str, dict[str, list[float]]]:
+def score(walks: dict[str, dict[str, SelectionResult]]) -> dict[str, dict[str, list[float]]]:
     """Accuracies on report items of the uniform merges and of what the shown walk found."""
     from remelt.merge import merge_recipe
     from remelt.recipe_yaml import load_recipe
@@ -181,7 +173,7 @@ def score(walks: dict[str, dict[str, Walk]]) -> dict[str, dict[str, list[float]]
 
     found: dict[str, dict[str, list[float]]] = {}
     for pool, by_name in walks.items():
-        output = by_name[SHOWN].result.output
+        output = by_name[SHOWN].output
         uniform = output.with_name(f"{output.name}-uniform")
         merge_recipe(load_recipe(output / "iterates" / "0000" / "recipe.yaml"), uniform, threads=1)
         found[pool] = {
@@ -189,35 +181,38 @@ def score(walks: dict[str, dict[str, Walk]]) -> dict[str, dict[str, list[float]]
             SHOWN: score_checkpoint(output / "best", "report")[0],
         }
         for name in ("pairwise by layer",):
-            found[pool][name] = score_checkpoint(by_name[name].result.output / "best", "report")[0]
+            found[pool][name] = score_checkpoint(by_name[name].output / "best", "report")[0]
     return found
 
 
-def report(walks: dict[str, dict[str, Walk]], scores: dict[str, dict[str, list[float]]], folder: Path) -> None:
+def report(
+    walks: dict[str, dict[str, SelectionResult]], scores: dict[str, dict[str, list[float]]], folder: Path
+) -> None:
     """Figure and tables."""
     draw(walks, folder / "frank_wolfe.svg")
     pools = list(walks)
-    counts = {pool: len(walks[pool][SHOWN].result.names_V) for pool in pools}
-    uniform = {pool: held_out(walks[pool][SHOWN].result, 0) for pool in pools}
-    rows = [["uniform merge (the start)", *(f"{uniform[pool]:.4f}" for pool in pools), "", "", "", ""]]
+    counts = {pool: len(walks[pool][SHOWN].names_V) for pool in pools}
+    uniform = {pool: held_out(walks[pool][SHOWN], 0) for pool in pools}
+    rows = [["uniform merge (the start)", *(f"{uniform[pool]:.4f}" for pool in pools), "", "", ""]]
     for name in WALKS:
         few, many = (walks[pool][name] for pool in pools)
         rows.append(
             [
                 name,
-                *(f"{held_out(walk.result, walk.result.best):.4f}" for walk in (few, many)),
-                f"{on_irrelevant(many.result):.3f}",
-                f"{many.result.rows[-1].gap:.2g}",
-                f"{many.result.num_gradients} + {many.result.num_losses}",
-                f"{many.seconds:.0f}",
+                *(f"{held_out(walk, walk.best):.4f}" for walk in (few, many)),
+                f"{on_irrelevant(many):.3f}",
+                f"{many.rows[-1].gap:.2g}",
+                f"{many.num_gradients} + {many.num_losses}",
             ]
         )
-    first = walks[pools[0]][SHOWN].result
+    num_steps = max(len(result.rows) for each in walks.values() for result in each.values()) - 1
+    with_base = walks[pools[0]]["pairwise, base in the hull"]
+    on_base = dict(zip(with_base.names_V, with_base.weights_V, strict=True))["base"]
     sections = [
         f"Pools of {counts[pools[0]]} specialists, and of {counts[pools[1]]} checkpoints: the same and "
         f"{counts[pools[1]] - counts[pools[0]]} irrelevant ones (task vectors shuffled, or noise of their norm). The "
-        f"loss is in nats for each token, the mean over four abilities, on held-out blocks; {len(first.rows) - 1} "
-        "steps at most. "
+        f"loss is in nats for each token, the mean over four abilities, on held-out blocks; {num_steps} steps "
+        "at most. "
         "Versions: " + ", ".join(f"{k} {v}" for k, v in versions(sys.executable, PACKAGES).items()) + ".",
         "![Loss by iterate, and coefficients, with and without irrelevant checkpoints](frank_wolfe.svg)",
         "## Held-out loss of the best iterate",
@@ -229,29 +224,29 @@ def report(walks: dict[str, dict[str, Walk]], scores: dict[str, dict[str, list[f
                 "coefficient on irrelevant",
                 "last gap",
                 "gradients + losses",
-                "seconds",
             ],
             rows,
         ),
+        "What is left on irrelevant checkpoints does what the base would: their task vectors are nearly orthogonal to "
+        "everything and cancel each other, so that weight on them shortens the others'. Where the base is a vertex, the "
+        f"specialists alone leave it {on_base:.2f}. A pairwise step empties one checkpoint at most, so that a walk from the "
+        "uniform merge of the larger pool has not arrived after so few steps, as its gap says.",
         f"## Coefficients ({SHOWN})",
         markdown_table(
             ["checkpoint", *pools],
             [
                 [
                     name,
-                    *(
-                        f"{dict(zip(w.result.names_V, w.result.weights_V, strict=True)).get(name, 0):.3f}"
-                        for w in shown
-                    ),
+                    *(f"{dict(zip(w.names_V, w.weights_V, strict=True)).get(name, 0):.3f}" for w in shown),
                 ]
                 for shown in [[walks[pool][SHOWN] for pool in pools]]
-                for name in walks[pools[1]][SHOWN].result.names_V
+                for name in walks[pools[1]][SHOWN].names_V
             ],
         ),
         f"## Loss and gap by iterate ({SHOWN})",
         markdown_table(
             ["iterate", *(f"{pool}: {what}" for pool in pools for what in ("loss", "held out", "gap", "active"))],
-            _iterate_rows([walks[pool][SHOWN].result for pool in pools]),
+            _iterate_rows([walks[pool][SHOWN] for pool in pools]),
         ),
     ]
     if scores:
@@ -269,10 +264,7 @@ def report(walks: dict[str, dict[str, Walk]], scores: dict[str, dict[str, list[f
         ]
     data = {
         "walks": {
-            pool: {
-                name: json.loads(walk.result.to_json()) | {"output": "", "seconds": walk.seconds}
-                for name, walk in each.items()
-            }
+            pool: {name: json.loads(walk.to_json()) | {"output": "", "notes": []} for name, walk in each.items()}
             for pool, each in walks.items()
         },
         "scores": scores,
@@ -296,7 +288,7 @@ def _iterate_rows(results: list[SelectionResult]) -> list[list[str]]:
     return rows
 
 
-def draw(walks: dict[str, dict[str, Walk]], path: Path) -> None:
+def draw(walks: dict[str, dict[str, SelectionResult]], path: Path) -> None:
     """Held-out loss by iterate on the left, coefficients on the right."""
     import matplotlib as mpl
 
@@ -308,13 +300,13 @@ def draw(walks: dict[str, dict[str, Walk]], path: Path) -> None:
     colours = dict(zip(WALKS, plt.get_cmap("tab10").colors, strict=False))
     for pool, line in zip(walks, ("-", "--"), strict=True):
         for name in (SHOWN, "vanilla, 2/(t+2)", "vanilla, line search", "pairwise by layer"):
-            result = walks[pool][name].result
+            result = walks[pool][name]
             losses = [row.held_out for row in result.rows]
             left.plot(losses, line, color=colours[name], label=f"{name}, {pool}", marker=".", linewidth=1.2)
     left.set(xlabel="iterate (0 is the uniform merge)", ylabel="held-out loss, nats for each token")
     left.legend(fontsize=7)
-    many = walks[list(walks)[1]][SHOWN].result
-    few = walks[next(iter(walks))][SHOWN].result
+    many = walks[list(walks)[1]][SHOWN]
+    few = walks[next(iter(walks))][SHOWN]
     places = np.arange(len(many.names_V))
     alone = dict(zip(few.names_V, few.weights_V, strict=True))
     right.barh(places - 0.2, [alone.get(name, 0.0) for name in many.names_V], 0.4, label="specialists alone")
