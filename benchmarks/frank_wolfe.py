@@ -211,8 +211,8 @@ def report(
     sections = [
         f"Pools of {counts[pools[0]]} specialists, and of {counts[pools[1]]} checkpoints: the same and "
         f"{counts[pools[1]] - counts[pools[0]]} irrelevant ones (task vectors shuffled, or noise of their norm). The "
-        f"loss is in nats for each token, the mean over four abilities, on held-out blocks; {num_steps} steps "
-        "at most. "
+        f"loss is in nats for each token, the mean over four abilities, on held-out blocks; {num_steps} "
+        "steps at most. "
         "Versions: " + ", ".join(f"{k} {v}" for k, v in versions(sys.executable, PACKAGES).items()) + ".",
         "![Loss by iterate, and coefficients, with and without irrelevant checkpoints](frank_wolfe.svg)",
         "## Held-out loss of the best iterate",
@@ -228,9 +228,9 @@ def report(
             rows,
         ),
         "What is left on irrelevant checkpoints does what the base would: their task vectors are nearly orthogonal to "
-        "everything and cancel each other, so that weight on them shortens the others'. Where the base is a vertex, the "
-        f"specialists alone leave it {on_base:.2f}. A pairwise step empties one checkpoint at most, so that a walk from the "
-        "uniform merge of the larger pool has not arrived after so few steps, as its gap says.",
+        "everything and cancel each other, so that weight on them shortens the others'. Where the base is a vertex, "
+        f"the specialists alone leave it {on_base:.2f}. A pairwise step empties one checkpoint at most, so that a walk "
+        "from the uniform merge of the larger pool has not arrived after so few steps, as its gap says.",
         f"## Coefficients ({SHOWN})",
         markdown_table(
             ["checkpoint", *pools],

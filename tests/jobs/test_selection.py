@@ -315,5 +315,5 @@ def test_two_drivers_do_not_meet(texts: Path, tmp_path: Path) -> None:
 def test_text_without_the_field_is_refused_before_anything_is_merged(texts: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="lacks the field 'body'"):
         sources = [{"path": str(texts / "prose.jsonl"), "field": "body"}]
-        run_selection(make_config(texts, calibration={"sources": sources}), tmp_path / "out")
+        run_selection(make_config(texts, calibration={"sources": sources, "block_tokens": 48}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
