@@ -2,7 +2,7 @@
 
 Any prefix of a commit can be resumed, since a shard is looked for in both places and everything else is written whole.
 The manifest is the marker: an output without one is unfinished. `--force` removes only files that our own manifest or
-receipts list.
+receipts list, and a finished output not before what replaces it is ready to move into place.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ MANIFEST_FILE = "remelt_manifest.json"
 RECIPE_FILE = "remelt_recipe.yaml"
 CARD_FILE = "README.md"
 MANIFEST_SCHEMA = 1
+REPLACED_FILE = "replaced.json"
+"""The manifest of a finished output, moved here while its files are removed for another's commit."""
 DISK_SLACK_BYTES = 64 * 1024 * 1024
 """For config, tokenizer, manifest and receipts."""
 
@@ -150,11 +152,15 @@ def check_outputs(plan: MergePlan, outputs: Sequence[Path], *, force: bool = Fal
 
 
 def _missing_bytes(plan: MergePlan, output: Path) -> int:
-    """Bytes that an output still takes: shards of an earlier run count as there, among the work or in place."""
+    """Bytes that an output still takes: shards of an earlier run count as there, among the work or in place.
+
+    A finished output stays until what replaces it is whole, so that for a while there are both.
+    """
     shards = output / WORK_DIR / SHARDS
+    places = (shards, output) if read_manifest(output) is None else (shards,)
     present = 0
     for unit in plan.units:
-        for path in (shards / unit.file, output / unit.file):
+        for path in (place / unit.file for place in places):
             if path.is_file():
                 present += path.stat().st_size
                 break
@@ -175,7 +181,12 @@ def _check_ownership(plan: MergePlan, output: Path, set_number: int, *, force: b
             )
     if force:
         return
-    if manifest is not None and manifest["run_id"] != run_id:
+    is_replacing = (
+        manifest is not None
+        and begun is not None
+        and (begun["run_id"], begun.get("replaces")) == (run_id, manifest["run_id"])
+    )
+    if manifest is not None and manifest["run_id"] != run_id and not is_replacing:
         raise OutputError(
             f"{output} holds the finished output of another recipe or other inputs (run "
             f"{manifest['run_id'][:12]}, this is {run_id[:12]}); choose another --output, "
@@ -221,7 +232,8 @@ class OutputRun:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if force:
-                remove_ours(self._output, keep_run=self._run_id)
+                _remove_unfinished(self._output, keep_run=self._run_id)
+            replaced = read_manifest(self._output)
             for name in (SHARDS, RECEIPTS):
                 (self.work_dir / name).mkdir(exist_ok=True)
             for folder in (self._output, self.work_dir / SHARDS, self.work_dir / RECEIPTS):
@@ -237,13 +249,16 @@ class OutputRun:
                     "numerics": self._plan.settings.numerics,
                     "recipe": self._plan.recipes[self._set],
                     "num_units": len(self._plan.units),
+                    "replaces": None if replaced is None else replaced["run_id"],
                     "companions": self._companion_names(),
                 }
             ).encode(),
         )
         receipts = {}
+        # Shards of a finished output that is to be replaced may have the names and sizes of ours.
+        place = self._output if replaced is None else self.work_dir
         for unit in self._plan.units:
-            receipt = find_receipt(self.work_dir, self._output, unit, self._set, recheck=recheck)
+            receipt = find_receipt(self.work_dir, place, unit, self._set, recheck=recheck)
             if receipt is not None:
                 receipts[receipt.unit_id] = receipt.without_parents()
         return receipts
@@ -273,6 +288,7 @@ class OutputRun:
         `receipts` are the coefficient set's, in plan order. The work directory stays until `clear`.
         """
         plan, output = self._plan, self._output
+        self._remove_replaced()
         records = [receipt.outputs[0] for receipt in receipts]
         is_single = len(records) == 1 and records[0].file == SINGLE_FILE
         if not is_single:
@@ -290,6 +306,17 @@ class OutputRun:
         manifest["companions"] = self._companion_names()
         write_file_durably(output / MANIFEST_FILE, json.dumps(manifest, sort_keys=True, indent=1).encode())
         return _merged(output, manifest, is_reused=False)
+
+    def _remove_replaced(self) -> None:
+        """Remove the finished output in our place; its manifest goes aside first, so that a kill here can be resumed."""
+        aside = self.work_dir / REPLACED_FILE
+        if read_manifest(self._output) is not None:
+            (self._output / MANIFEST_FILE).rename(aside)
+            sync_directory(self._output)
+        if aside.exists():
+            _remove_named(self._output, _names_of(json.loads(aside.read_text())))
+            sync_directory(self._output)
+            aside.unlink()
 
     def clear(self) -> None:
         """Forget the work: the output is published."""
@@ -326,25 +353,28 @@ class OutputRun:
         sync_directory(self._output)
 
 
-def remove_ours(output: Path, *, keep_run: str) -> None:
-    """Remove what another run of ours left: files that its manifest or receipts list, and its work but for the lock."""
-    manifest = read_manifest(output)
-    names: set[str] = set()
-    if manifest is not None:
-        names.update(file["name"] for file in manifest["files"])
-        names.update(manifest.get("companions", ()))
-        names.update((MANIFEST_FILE, INDEX_FILE))
-        (output / MANIFEST_FILE).unlink()
+def _remove_unfinished(output: Path, *, keep_run: str) -> None:
+    """Remove what another run of ours left unfinished: what its receipts list, and its work but for the lock."""
     begun = _read_begun(output)
-    if begun is not None and begun["run_id"] != keep_run:
-        names.update(begun.get("companions", ()))
-        names.add(INDEX_FILE)
-        for path in (output / WORK_DIR / RECEIPTS).glob("*.json"):
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                names.update(record.file for record in UnitReceipt.from_json(path.read_text()).outputs)
-        (output / WORK_DIR / "run.json").unlink()
-        for name in (SHARDS, RECEIPTS):
-            shutil.rmtree(output / WORK_DIR / name, ignore_errors=True)
+    if begun is None or begun["run_id"] == keep_run:
+        return
+    names = {*begun.get("companions", ()), INDEX_FILE}
+    for path in (output / WORK_DIR / RECEIPTS).glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            names.update(record.file for record in UnitReceipt.from_json(path.read_text()).outputs)
+    (output / WORK_DIR / "run.json").unlink()
+    for name in (SHARDS, RECEIPTS):
+        shutil.rmtree(output / WORK_DIR / name, ignore_errors=True)
+    finished = read_manifest(output)
+    _remove_named(output, names - (set() if finished is None else _names_of(finished)))
+
+
+def _names_of(manifest: dict[str, Any]) -> set[str]:
+    """The files of a finished output, but for its manifest."""
+    return {*(file["name"] for file in manifest["files"]), *manifest.get("companions", ()), INDEX_FILE}
+
+
+def _remove_named(output: Path, names: Iterable[str]) -> None:
     for name in names:
         if Path(name).name == name:
             (output / name).unlink(missing_ok=True)

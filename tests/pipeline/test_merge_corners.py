@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from checkpoint_files import bf16, write_file
-from merge_fixtures import make_recipe, write_pool
+from merge_fixtures import make_recipe, parent_tensors, write_pool
 from remelt.commit import MANIFEST_FILE, WORK_DIR, OutputRun
 from remelt.errors import NonFiniteError, OutputError, RecipeError
 from remelt.executor import LocalExecutor
@@ -279,3 +280,50 @@ def test_a_manifest_without_our_keys_is_refused_in_words(pool: dict[str, Path], 
     path.write_text(json.dumps({**manifest, "schema": 99}))
     with pytest.raises(OutputError, match="schema 99"):
         verify_merge(merged.path)
+
+
+def test_a_forced_merge_that_fails_leaves_the_finished_output_as_it_was(tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool", 2)
+    merged = merge_recipe(make_recipe(pool), tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in merged.path.iterdir() if path.is_file()}
+    tensors = parent_tensors(1)
+    dtype, bits = tensors["model.norm.weight"]
+    tensors["model.norm.weight"] = (dtype, np.full_like(bits, 0x7FC0))
+    write_file(pool["p1"] / "model.safetensors", tensors)
+    with pytest.raises(NonFiniteError):
+        merge_recipe(make_recipe(pool), tmp_path / "out", force=True)
+    after = {path.name: path.read_bytes() for path in merged.path.iterdir() if path.is_file()}
+    assert after == before
+
+
+class Killed(BaseException):
+    """Ends a merge where a SIGKILL would."""
+
+
+@pytest.mark.parametrize("removals", range(6))
+def test_a_replacement_killed_anywhere_in_its_commit_is_resumed_without_force(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, removals: int
+) -> None:
+    pool = write_pool(tmp_path / "pool", 2)
+    old, new = make_recipe(pool, max_shard_size="20kB"), make_recipe(pool, "task_arithmetic", max_shard_size="20kB")
+    whole = merge_recipe(new, tmp_path / "whole")
+    merge_recipe(old, tmp_path / "out")
+    left = [removals]
+    unlink = Path.unlink
+
+    def unlink_or_die(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == tmp_path / "out" and path.name.endswith((".safetensors", ".json")):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_or_die)
+    with suppress(Killed):
+        merge_recipe(new, tmp_path / "out", force=True)
+    monkeypatch.undo()
+    merged = merge_recipe(new, tmp_path / "out")
+    assert merged.digest == whole.digest
+    names = {path.name for path in merged.path.iterdir()}
+    assert names == {path.name for path in whole.path.iterdir()}
+    assert verify_merge(merged.path).problems == ()
