@@ -75,6 +75,8 @@ def make_recipe(folders: Sequence[Path], method: str, weights: Sequence[float]) 
 
 def merge(recipes: Sequence[Recipe], folder: Path) -> Run:
     outputs = [folder / f"candidate-{number}" for number in range(len(recipes))]
+    for output in outputs:
+        shutil.rmtree(output, ignore_errors=True)
     os.sync()
     cpu, begun = cpu_seconds(), time.perf_counter()
     with Others() as others:

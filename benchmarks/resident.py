@@ -126,6 +126,7 @@ def run_pair(residents: ResidentCandidates, shape: Shape, recipe: Recipe, output
 
 def _run_pair(residents: ResidentCandidates, shape: Shape, recipe: Recipe, output: Path) -> Pair:
     tokens = torch.arange(NUM_TOKENS).remainder(shape.vocab)[None]
+    shutil.rmtree(output, ignore_errors=True)
     os.sync()
     cpu = time.process_time()
     merged_in_memory, resident = timed(lambda: residents.merge([recipe]))
@@ -158,7 +159,6 @@ def _run_pair(residents: ResidentCandidates, shape: Shape, recipe: Recipe, outpu
 def run_shape(shape: Shape, method: str, rounds: int, folder: Path, patience: float) -> list[Pair]:
     """Pairs on one shape, after one that is not counted: it compiles, and builds the resident model."""
     rng = random.Random(0)
-    # The benchmark's companions lack a tokenizer, which a model that is only looked at does not need.
     with ResidentCandidates(BackendOptions(), threads=len(os.sched_getaffinity(0)), scratch=folder) as residents:
         pairs = []
         for number in range(rounds + 1):
@@ -174,13 +174,20 @@ def run_shape(shape: Shape, method: str, rounds: int, folder: Path, patience: fl
     return pairs[1:]
 
 
+def with_tokenizer(checkpoint: Path, parent: Path) -> Path:
+    """The same checkpoint, hard-linked, with a tokenizer beside it so that it loads whole: the zoo's will do."""
+    folder = parent / checkpoint.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in checkpoint.iterdir():
+        if not (folder / path.name).exists():
+            os.link(path, folder / path.name)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(zoo.base() / name, folder / name)
+    return folder
+
+
 def shapes(folder: Path) -> list[Shape]:
-    base, *tunes = write_llama(folder / "llama")
-    # A tokenizer, so that the folders are whole checkpoints: the zoo's will do.
-    for path in (base, *tunes):
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if not (path / name).exists():
-                shutil.copyfile(zoo.base() / name, path / name)
+    base, *tunes = (with_tokenizer(path, folder / "llama-resident") for path in write_llama(folder / "llama"))
     warm_page_cache([base, *tunes])
     return [
         Shape(name="zoo", base=zoo.base(), parents=tuple(zoo.parents().values()), vocab=100),
