@@ -240,7 +240,7 @@ def test_a_constant_score_does_not_break_it(name: str) -> None:
 
 
 def test_many_running_trials_do_not_break_it(name: str) -> None:
-    trials = run(name, SIMPLEX, length(name, 24), num_evaluators=8)
+    trials = run(name, SIMPLEX, max(10, length(name, 24)), num_evaluators=8)
     assert sum(trial.state is TrialState.RUNNING for trial in trials) == 7
     assert len({tuple(trial.point.values()) for trial in trials}) == len(trials)
 
