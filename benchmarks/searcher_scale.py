@@ -4,8 +4,8 @@
 
 Trials are uniform draws on a simplex of 4 and of 16 coefficients, scored by noisy quadratics of three abilities, after
 the uniform merge and the single parents. *First* is the first ask of a new process after its imports, as on a resume;
-*next* is the ask after one more trial has finished, the least of up to three. Seconds are CPU time, which for asks, that
-work on one core, is what they take on an idle machine; other processes on this one change it less than wall time.
+*next* is the ask after one more trial has finished, the least of three at most. Seconds are CPU time, which for asks,
+that work on one core, is what they take on an idle machine; other processes on this one change it less than wall time.
 To reach: a journal of 5,000 trials resumed in under 5 s, the next ask of CMA-ES and random search in under 1 s.
 """
 
