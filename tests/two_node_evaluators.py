@@ -1,4 +1,4 @@
-"""Two nodes of two logical GPUs each, and two evaluators that ask for all of them: prints what was scheduled, as JSON."""
+"""Two nodes of two logical GPUs, and two evaluators that ask for all of them: prints what was scheduled, as JSON."""
 
 from __future__ import annotations
 

@@ -211,6 +211,10 @@ class EvaluatorProcess:
         except TimeoutError:
             self.close()
             raise EvaluationError(f"{self.interpreter} started no evaluator in {START_TIMEOUT_SECONDS:g} s") from None
+        except BaseException:
+            # Its greeting would be taken for the answer to the next request.
+            self.close()
+            raise
         if answer["kind"] == "error":
             self.close()
             raise EvaluationError(str(answer["message"]))
@@ -283,10 +287,10 @@ def _environment(interpreter: str) -> Mapping[str, str]:
 
 def _end(child: _Child) -> None:
     """Kill the child with all that it started, and let go of the pipes."""
-    if child.process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.process.pid, signal.SIGKILL)
-        child.process.wait()
+    # Its group may outlive it: the workers of a server, say, when the child itself was killed for want of memory.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.process.pid, signal.SIGKILL)
+    child.process.wait()
     for descriptor in (child.requests, child.responses):
         os.close(descriptor)
     child.log.close()
@@ -323,7 +327,7 @@ def _read_exactly(descriptor: int, num_bytes: int, deadline: float | None) -> by
     return b"".join(parts)
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Resident memory of this process's own now, without mapped files; 0 where the system does not say."""
     try:
         _, resident, shared, *_ = (int(word) for word in Path("/proc/self/statm").read_text().split())
@@ -364,7 +368,7 @@ def _serve(requests: int, responses: int, options: BackendOptions) -> None:
                 answer({"kind": "evaluation_id", "evaluation_id": evaluator.evaluation_id(request)})
             else:
                 report = json.loads(report_to_json(evaluator.evaluate(request)))
-                answer({"kind": "report", "report": report, "memory_bytes": _resident_bytes()})
+                answer({"kind": "report", "report": report, "memory_bytes": resident_bytes()})
     except RemeltError as error:
         answer({"kind": "error", "message": str(error)})
 

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,9 +91,11 @@ class Lease:
 
         def beat() -> None:
             while not over.wait(every_seconds):
-                if newest_fence(self.directory) != self.fence:
-                    return
-                self.renew()
+                # A filesystem that fails for a moment must not cost us the lease.
+                with suppress(OSError):
+                    if newest_fence(self.directory) != self.fence:
+                        return
+                    self.renew()
 
         thread = threading.Thread(target=beat, name="lease heartbeat", daemon=True)
         thread.start()
@@ -184,11 +186,14 @@ def process_start(pid: int) -> str | None:
 
 
 def process_namespace() -> str:
-    """The namespace that gives process ids their meaning: containers may share a host's name; empty where unknown."""
-    try:
-        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path, a label such as pid:[4026531836]
-    except OSError:
-        return ""
+    """Where process ids have their meaning: machine and namespace, since containers and hosts may share a name."""
+    machine = namespace = ""
+    with suppress(OSError):
+        machine = Path("/etc/machine-id").read_text().strip()
+    with suppress(OSError):
+        # The first namespace of every Linux host has the same label.
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path, a label such as pid:[4026531836]
+    return f"{machine} {namespace}".strip()
 
 
 def _is_alive(pid: int) -> bool:

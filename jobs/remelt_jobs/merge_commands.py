@@ -144,7 +144,7 @@ def merge(
     with TerminalProgress() as progress:
         merged = merge_recipe(loaded, output, executor=chosen, progress=progress, force=force, recheck=recheck)
     if merged.is_reused:
-        what = "all files hashed" if recheck else "nothing was read"
+        what = "all of its files hashed" if recheck else "nothing was read"
         print(f"{output}: finished already, digest {merged.digest}; {what}")
         return
     seconds = time.perf_counter() - started

@@ -14,6 +14,7 @@ from typing import Any
 
 from remelt.errors import ExecutionError
 
+START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """For a cluster started on the spot: plans and receipts pass through it, never tensors."""
 
@@ -74,15 +75,31 @@ def _check_answers(address: str) -> None:
 
 
 def _start(num_cpus: int, resources: dict[str, float], quiet: dict[str, Any]) -> None:
-    """Start a cluster of this machine, without a dashboard and without a word to Ray's makers."""
+    """Start a cluster of this machine, without a dashboard and without a word to Ray's makers.
+
+    Raises:
+        ExecutionError: Ray does not come up, though tried again.
+    """
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        resources=resources,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        **quiet,
-    )
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                resources=resources,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        except Exception as error:  # Ray has no class of its own for a node that did not come up in its 30 s
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                reason = " ".join(str(error).split())[:300]
+                raise ExecutionError(
+                    f"Ray could not be started on this machine, tried {START_ATTEMPTS} times ({reason}); where the "
+                    "machine is very busy, wait and run the same command again, or set RAY_ADDRESS to a cluster"
+                ) from error
+        else:
+            return

@@ -88,7 +88,10 @@ def status_to_json(status: StudyStatus | MergeStatus) -> str:
 def _study(directory: Path) -> StudyStatus:
     records = read_journal(directory)
     if not records:
-        raise StudyError(f"{directory}: its journal has no record yet; the study is only just beginning")
+        raise StudyError(
+            f"{directory}: its journal has no record yet; driver: {lease_state(directory)}. If nobody drives, run "
+            "the same search command again"
+        )
     identity = records[0]
     objective = OBJECTIVES[identity["canonical"]["objective"]]
     state = StudyState.of(records, objective, identity.get("weights", ()))

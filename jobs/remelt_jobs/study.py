@@ -45,6 +45,7 @@ from remelt_jobs.study_tables import write_candidate, write_trials_so_far
 from remelt_jobs.trial import Outcome, Work
 
 POLL_SECONDS = 1.0
+RESULT_FILE = "result.json"
 
 
 def run_study(
@@ -92,7 +93,7 @@ def _refuse_foreign(output: Path) -> None:
     """Refuse a directory that is no study's but holds something by a name that a study writes."""
     if (output / "journal").is_dir():
         return
-    taken = [name for name in (BEST, EVALUATIONS, "lease", "journal") if (output / name).exists()]
+    taken = [name for name in (BEST, EVALUATIONS, RESULT_FILE, "lease", "journal") if (output / name).exists()]
     if taken:
         raise StudyError(f"{output} holds {', '.join(taken)}, and no study of ours; choose another --output")
 
@@ -152,6 +153,8 @@ class _Study:
         self.on_progress = on_progress
         self.state = StudyState.of(journal.records, *config.scoring)
         self._incumbent_report: EvalReport | None = None
+        self._scored_now: set[tuple[Role, int]] = set()
+        """What this driver has scored on selection and report items."""
         self.recipe = with_absolute_paths(config.recipe)
         self.reports = config.reports or output / REPORTS
         self.starts = starting_candidates(config.recipe, config.space)
@@ -169,7 +172,7 @@ class _Study:
             assert self.state.winner is not None
             self._report(pool, [self.state.winner])
         result = build_result(self.config, self.state, self.output)
-        write_file_durably(self.output / "result.json", result.to_json().encode())
+        write_file_durably(self.output / RESULT_FILE, result.to_json().encode())
         write_trials_so_far(self.reports, self.config, self.state)
         self._record({"type": "done", "trials": len(self.state.finished)})
         return result
@@ -227,10 +230,18 @@ class _Study:
                 self._tell("search", watch, len(self.state.finished), total, self._sentence(int(key)))
 
     def _may_ask(self) -> bool:
-        """Whether another candidate is wanted; the starts always are."""
+        """Whether another candidate is wanted; the starts always are.
+
+        Raises:
+            StudyError: All of the starts failed: what is wrong is wrong with the suite, the backend or the recipe.
+        """
         num_asked, budget = len(self.state.candidates), self.config.budget
         if num_asked < len(self.starts):
             return True
+        starts = [self.state.finished.get(one.number) for one in self.starts]
+        if all(record is not None and record["score"] is None for record in starts):
+            reasons = dict.fromkeys(str(record["failure"]) for record in starts if record is not None)
+            raise StudyError(f"the uniform merge and all single parents failed: {'; '.join(list(reasons)[:2])}")
         spent = self.state.spent(datetime.now(UTC))._replace(trials=num_asked)
         return not budget.is_spent(spent, self.config.evaluators.gpus)
 
@@ -282,6 +293,7 @@ class _Study:
             memory_bytes=None if evaluators.memory_bytes is None else evaluators.memory_bytes // 2,
             num_evaluators=evaluators.count,
             threads=max(1, int(evaluators.cpus)),
+            resident=evaluators.resident,
             rungs=self.config.rungs if climbs else (None,),
             incumbent=self._incumbent() if climbs else None,
             on_every_entry=self.state.objective.is_several,
@@ -303,8 +315,11 @@ class _Study:
             self._record({"type": "winner", "trial": winner, "finalists": finalists})
 
     def _score(self, pool: _LazyPool, role: Literal["selection", "report"], works: dict[int, Work]) -> None:
-        """Score candidates on the items of a role, those not scored yet; failures are recorded."""
-        waiting = [number for number in works if (role, number) not in self.state.scored]
+        """Score candidates on the items of a role, those that have no score yet; failures are recorded.
+
+        What failed under an earlier driver is tried again: a time-out or a lost node may have been of the moment.
+        """
+        waiting = [number for number in works if not self._is_settled(role, number)]
         total, watch = len(waiting), Watch(0)
         num_done = 0
         while num_done < total:
@@ -315,11 +330,16 @@ class _Study:
             for key, outcome in evaluators.wait(POLL_SECONDS).items():
                 number = int(key)
                 self._keep_report(self.state.candidates[number], outcome)
+                self._scored_now.add((role, number))
                 self._record({"type": "scored", "role": role, "trial": number, **outcome_fields(outcome)})
                 num_done += 1
                 self._tell(
                     role, watch, num_done, total, f"{self.state.candidates[number].label} scored on {role} items"
                 )
+
+    def _is_settled(self, role: Role, number: int) -> bool:
+        record = self.state.scored.get((role, number))
+        return record is not None and (record["score"] is not None or (role, number) in self._scored_now)
 
     # Publication and report
 

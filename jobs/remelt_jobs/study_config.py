@@ -30,7 +30,7 @@ from typing import Any
 from remelt.errors import RecipeError, StudyError
 from remelt.recipe import Recipe
 from remelt.recipe_yaml import parse_recipe
-from remelt.searchers import SearchSpace, build_searcher, searcher_options
+from remelt.searchers import SearchSpace, build_searcher, needs_objectives, searcher_options
 from remelt.strict_config import Section, load_yaml
 from remelt_evals.backends import BACKENDS, BackendOptions
 from remelt_evals.eval_report import ROLES
@@ -99,6 +99,8 @@ class Evaluators:
     """Until the first evaluator is up; a cluster that scales may take minutes."""
     scratch: str | None = None
     """Folder on a local disk for candidates; by default the evaluator's temporary folder."""
+    resident: bool = True
+    """Merge candidates into the loaded model, where backend and architecture allow it; the same bits as by disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +110,7 @@ class StudyConfig:
     recipe: Recipe
     suite: Suite
     searcher: str
-    searcher_options: Mapping[str, float] = field(default_factory=dict)
+    searcher_options: Mapping[str, float | str] = field(default_factory=dict)
     objective: str = "macro mean"
     """A name in `remelt_evals.objectives.OBJECTIVES`."""
     budget: Budget
@@ -245,7 +247,18 @@ def _read_fidelity(top: Section) -> tuple[int, ...]:
 
 def _read_evaluators(section: Section) -> Evaluators:
     section.allow(
-        ("count", "nodes", "cpus", "gpus", "memory", "disk", "timeout_seconds", "start_timeout_seconds", "scratch")
+        (
+            "count",
+            "nodes",
+            "cpus",
+            "gpus",
+            "memory",
+            "disk",
+            "timeout_seconds",
+            "start_timeout_seconds",
+            "scratch",
+            "resident",
+        )
     )
     default = Evaluators()
     return Evaluators(
@@ -258,6 +271,7 @@ def _read_evaluators(section: Section) -> Evaluators:
         timeout_seconds=section.number("timeout_seconds", default.timeout_seconds, low=1),
         start_timeout_seconds=section.number("start_timeout_seconds", default.start_timeout_seconds, low=1),
         scratch=section.text("scratch") if section.has("scratch") else None,
+        resident=section.flag("resident", default.resident),
     )
 
 
@@ -283,6 +297,11 @@ def _read_backend(section: Section) -> BackendOptions:
 def _check(config: StudyConfig) -> None:
     """What no key alone can show: something to search, items for every role, trials enough for the starts."""
     build_searcher(config.searcher, config.space, config.seed, config.searcher_options)
+    if needs_objectives(config.searcher) and not OBJECTIVES[config.objective].is_several:
+        raise StudyError(
+            f"searcher {config.searcher} looks at every entry of the suite by itself: give `objective: several`, not "
+            f"{config.objective}"
+        )
     missing = [role for role in ROLES if role not in config.suite.roles]
     if missing:
         raise StudyError(

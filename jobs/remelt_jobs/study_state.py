@@ -227,6 +227,7 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
         "merge_seconds": round(outcome.merge_seconds, 3),
         "seconds": round(outcome.seconds, 3),
         "where": outcome.where,
+        "way": outcome.way,
     }
 
 

@@ -1,4 +1,4 @@
-"""One trial, where Ray puts it: merge the candidate on local disk, score it, delete it.
+"""One trial, where Ray puts it: merge the candidate into the loaded model or on local disk, score it, forget it.
 
 The actor *is* the evaluator process: it holds an `Evaluator`, so imports and eval tasks are paid for once, and it is
 replaced after an error, a time-out or growth in memory (see `evaluator_pool`).
@@ -13,20 +13,21 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from remelt.errors import EvaluationError, RemeltError
 from remelt.recipe import Recipe
 from remelt_evals.backends import BackendOptions
 from remelt_evals.eval_report import EvalReport, EvalRequest, Role
 from remelt_evals.evaluation_cache import evaluate_once
+from remelt_evals.evaluator import Evaluator
+from remelt_evals.evaluator_process import EvaluatorProcess, resident_bytes
 from remelt_evals.ladder import Estimate, stop_early
 from remelt_jobs.candidates import open_for_evaluation
 from remelt_jobs.lease import fence_name
 
 if TYPE_CHECKING:
-    from remelt_evals.evaluator import Evaluator
-    from remelt_evals.evaluator_process import EvaluatorProcess
+    from remelt.commit import MergedCheckpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,8 @@ class Work:
     """What the merge may hold; None is half of the machine's over `num_evaluators`."""
     num_evaluators: int = 1
     threads: int = 1
+    resident: bool = True
+    """Merge candidates into the memory of the loaded model where the backend and the architecture allow it."""
     rungs: tuple[int | None, ...] = (None,)
     """Fidelities to go through, as limits on the items of each eval task; the last is the one that counts."""
     incumbent: EvalReport | None = None
@@ -70,6 +73,8 @@ class Outcome:
     """Resident memory of the evaluator afterwards."""
     where: str = ""
     """The host that did it."""
+    way: str = ""
+    """How the candidate came to the model: `memory`, `disk`, or `disk: ` and why not through memory."""
     is_evaluator_sound: bool = True
     """Whether the same process may take the next candidate."""
 
@@ -102,21 +107,17 @@ class TrialEvaluator:
         """Make and score a candidate. What is wrong with the candidate is an outcome; anything else raises."""
         started = time.monotonic()
         merged_at = started
-        digest: str | None = None
-        candidate_id: str | None = None
+        made = _Made("", None, None)
         try:
-            if work.recipe is None:
-                assert work.checkpoint is not None
-                folder, digest = open_for_evaluation(work.checkpoint)
-            else:
-                folder, digest, candidate_id = self._merge(work.recipe, work)
+            made = self._make(work)
             merged_at = time.monotonic()
-            report, estimate = self._climb(work, folder, digest)
+            report, estimate = self._climb(work, made)
         except RemeltError as error:
             return Outcome(
                 failure=f"{type(error).__name__}: {error}",
-                digest=digest,
-                candidate_id=candidate_id,
+                digest=made.digest,
+                candidate_id=made.candidate_id,
+                way=made.way,
                 merge_seconds=merged_at - started,
                 seconds=time.monotonic() - started,
                 memory_bytes=resident_bytes(),
@@ -129,22 +130,23 @@ class TrialEvaluator:
             report=report,
             failure=None if report.is_ok else report.error or "the evaluation failed",
             estimate=estimate,
-            digest=digest,
-            candidate_id=candidate_id,
+            digest=made.digest,
+            candidate_id=made.candidate_id,
+            way=made.way,
             merge_seconds=merged_at - started,
             seconds=time.monotonic() - started,
             memory_bytes=resident_bytes(),
             where=socket.gethostname(),
         )
 
-    def _climb(self, work: Work, folder: Path, digest: str) -> tuple[EvalReport, Estimate | None]:
+    def _climb(self, work: Work, made: _Made) -> tuple[EvalReport, Estimate | None]:
         """Evaluate rung by rung; the last report, and an estimate where it is not of the last rung."""
         for limit in work.rungs:
             report = evaluate_once(
                 self._evaluator,
                 EvalRequest(
-                    checkpoint=str(folder),
-                    digest=digest,
+                    checkpoint=made.checkpoint,
+                    digest=str(made.digest),
                     suite=work.suite,
                     role=work.role,
                     limit=limit,
@@ -161,33 +163,50 @@ class TrialEvaluator:
                 return report, estimate
         return report, None
 
-    def _merge(self, recipe: Recipe, work: Work) -> tuple[Path, str, str]:
+    def _make(self, work: Work) -> _Made:
+        """Bring the candidate to where the evaluator can score it."""
+        if work.recipe is None:
+            assert work.checkpoint is not None
+            opened = open_for_evaluation(work.checkpoint)
+            return _Made(str(opened.path), opened.digest, None)
+        why = ""
+        if work.resident:
+            held = self._evaluator.hold(
+                work.recipe, work.suite, memory_bytes=self._memory_bytes(work), threads=work.threads
+            )
+            if not isinstance(held, str):
+                return _Made(held.checkpoint, held.digest, held.candidate_id, "memory")
+            why = f": {held}"
+        merged = self._merge(work.recipe, work)
+        return _Made(str(merged.path), merged.digest, merged.candidate_id, f"disk{why}")
+
+    def _merge(self, recipe: Recipe, work: Work) -> MergedCheckpoint:
         from remelt.executor import LocalExecutor
-        from remelt.memory import default_memory_bytes
         from remelt.merge import merge_recipe
 
         shutil.rmtree(self._scratch, ignore_errors=True)
-        executor = LocalExecutor(
-            threads=work.threads, memory_bytes=work.memory_bytes or default_memory_bytes(work.num_evaluators)
-        )
-        merged = merge_recipe(recipe, self._scratch / "candidate", executor=executor)
-        return merged.path, merged.digest, merged.candidate_id
+        executor = LocalExecutor(threads=work.threads, memory_bytes=self._memory_bytes(work))
+        return merge_recipe(recipe, self._scratch / "candidate", executor=executor)
+
+    @staticmethod
+    def _memory_bytes(work: Work) -> int:
+        from remelt.memory import default_memory_bytes
+
+        return work.memory_bytes or default_memory_bytes(work.num_evaluators)
+
+
+class _Made(NamedTuple):
+    """A candidate that can be scored."""
+
+    checkpoint: str
+    """Its folder, or its name in the evaluator's memory."""
+    digest: str | None
+    candidate_id: str | None
+    way: str = ""
 
 
 def _make_evaluator(backend: BackendOptions) -> Evaluator | EvaluatorProcess:
     """In this process, or in one of the interpreter that the backend names."""
     if backend.interpreter is not None:
-        from remelt_evals.evaluator_process import EvaluatorProcess
-
         return EvaluatorProcess(backend, interpreter=backend.interpreter)
-    from remelt_evals.evaluator import Evaluator
-
     return Evaluator(backend)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where /proc does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0

@@ -308,7 +308,7 @@ class OutputRun:
         return _merged(output, manifest, is_reused=False)
 
     def _remove_replaced(self) -> None:
-        """Remove the finished output in our place; its manifest goes aside first, so that a kill here can be resumed."""
+        """Remove the finished output in our place; its manifest goes aside first, so that a kill can be resumed."""
         aside = self.work_dir / REPLACED_FILE
         if read_manifest(self._output) is not None:
             (self._output / MANIFEST_FILE).rename(aside)

@@ -1,7 +1,8 @@
 """What identifies bytes: fingerprints of input files, digests of tensors and of whole checkpoints.
 
-A *fingerprint* is cheap: size, header hash and two blocks of 64 KiB, because fine-tunes of one base have identical
-headers and sizes. It holds no path and no time. A *digest* has seen every byte. A checkpoint's digest does not depend
+A *fingerprint* is cheap: size, header hash and three blocks of 64 KiB, because fine-tunes of one base have identical
+headers and sizes. Training changes all of a file, so that it is noticed; a change of a few bytes elsewhere is not. It
+holds no path and no time. A *digest* has seen every byte. A checkpoint's digest does not depend
 on shards, file names or config.
 """
 
@@ -23,10 +24,11 @@ BLOCK_BYTES = 64 * 1024
 
 
 def file_fingerprint(descriptor: int, size: int, header: bytes) -> str:
-    """Fingerprint an open file of `size` bytes whose metadata is `header`; reads two blocks of 64 KiB at most."""
+    """Fingerprint an open file of `size` bytes whose metadata is `header`; reads three blocks of 64 KiB at most."""
+    first = os.pread(descriptor, BLOCK_BYTES, min(size, len(header)))
     middle = os.pread(descriptor, BLOCK_BYTES, max(0, (size - BLOCK_BYTES) // 2))
     last = os.pread(descriptor, BLOCK_BYTES, max(0, size - BLOCK_BYTES))
-    parts = (xxhash.xxh3_128_hexdigest(part) for part in (header, middle, last))
+    parts = (xxhash.xxh3_128_hexdigest(part) for part in (header, first, middle, last))
     return xxhash.xxh3_128_hexdigest(" ".join((str(size), *parts)).encode())
 
 

@@ -34,7 +34,7 @@ from remelt.plan import (
 )
 from remelt.recipe import Recipe
 from remelt.recipe_checks import installed_operators
-from remelt.resolve import resolve
+from remelt.resolve import find_unused, resolve
 from remelt.survey import NUM_ROUNDS, find_survey, is_global
 from remelt.tensor_classes import classify
 from remelt.treatment import Apply, Copy, Drop, Treatment
@@ -90,7 +90,8 @@ def build_plan(
     targets = target_names(parents)
     columns = [resolve(each, targets.names, num_hidden_layers=parents.num_hidden_layers) for each in recipes]
     drafts, dropped, notes, warnings = _draft_tensors(parents, targets.names, list(zip(*columns, strict=True)))
-    notes = [*first.notes, *parents.notes, *targets.notes, *notes]
+    unused = find_unused(first, targets.names, num_hidden_layers=parents.num_hidden_layers)
+    notes = [*first.notes, *parents.notes, *targets.notes, *notes, *unused]
     by_class = _operators_by_class(drafts, parents.num_hidden_layers, len(recipes))
 
     groups = _place(drafts, first)
@@ -168,7 +169,9 @@ def _check_recipes(recipes: Sequence[Recipe], indexes: Sequence[CheckpointIndex]
     for recipe in recipes:
         if not recipe.is_bound:
             names = ", ".join(variable.name for variable in recipe.variables)
-            raise RecipeError(f"the recipe has ranges to search ({names}); a merge needs a number for each: bind it")
+            raise RecipeError(
+                f"the recipe has ranges to search ({names}): write numbers in their places, or use `remelt search`"
+            )
         if _without_numbers(recipe.canonical()) != _without_numbers(first.canonical()):
             raise RecipeError("coefficient sets of one plan must be recipes that differ in their parameters alone")
     if len(indexes) != len(first.checkpoints):

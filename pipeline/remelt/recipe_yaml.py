@@ -34,7 +34,6 @@ _MERGEKIT_KEYS = (
     "merge_method",
     "models",
     "slices",
-    "modules",
     "base_model",
     "parameters",
     "dtype",
@@ -82,9 +81,9 @@ def parse_recipe(
     """Read a recipe from plain values, as YAML or JSON gives them; `where` names it in refusals."""
     operators = installed_operators() if operators is None else operators
     top = Section(document, where)
-    top.allow((*_MERGEKIT_KEYS, *_TOKENIZER_KEYS, *_OUR_KEYS))
     if top.has("modules"):
         top.refuse("`modules` are not read: remelt merges whole checkpoints; `rules` treat their parts", "modules")
+    top.allow((*_MERGEKIT_KEYS, *_TOKENIZER_KEYS, *_OUR_KEYS))
     method = _method(top, "merge_method", operators)
     models, slice_parameters, expected_layers = _read_models(top)
     base_source = _base_source(top)

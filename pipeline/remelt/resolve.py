@@ -22,6 +22,7 @@ from remelt.recipe import (
     Filtered,
     Gradient,
     Match,
+    MergeRule,
     Parameters,
     Recipe,
     Scalar,
@@ -52,7 +53,10 @@ def resolve(
     """
     if not recipe.is_bound:
         variables = ", ".join(variable.name for variable in recipe.variables)
-        raise RecipeError(f"the recipe has ranges ({variables}); bind a value to each before merging")
+        raise RecipeError(
+            f"the recipe has ranges ({variables}): write numbers in their places to merge it, or search them with "
+            "`remelt search`"
+        )
     operators = installed_operators() if operators is None else operators
     layers = num_layers(names) if num_hidden_layers is None else num_hidden_layers
     own = _Method(recipe, operators[recipe.merge_method], recipe.entries, recipe.parameters, layers)
@@ -65,6 +69,43 @@ def resolve(
         method = next((method for match, method in matchers if matches(match, name, found)), own)
         treatments.append(method.treatment(name, found.layer) if isinstance(method, _Method) else method)
     return treatments
+
+
+def find_unused(recipe: Recipe, names: Sequence[str], *, num_hidden_layers: int | None = None) -> list[str]:
+    """A sentence for each rule and each filter of the recipe that fits no tensor: often a name that is misspelt."""
+    layers = num_layers(names) if num_hidden_layers is None else num_hidden_layers
+    found = {name: classify(name, layers) for name in names} if recipe.rules else {}
+    unused = [
+        f"rule {place} of the recipe, {_match_text(rule.match)}, matches no tensor"
+        for place, rule in enumerate(recipe.rules, 1)
+        if not any(matches(rule.match, name, kind) for name, kind in found.items())
+    ]
+    merge_rules = [rule for rule in recipe.rules if isinstance(rule, MergeRule)]
+    entries = [*recipe.entries, *(entry for rule in merge_rules for entry in rule.entries or ())]
+    tables = [recipe.parameters, *(entry.parameters for entry in entries), *(rule.parameters for rule in merge_rules)]
+    patterns = {
+        case.pattern: key
+        for table in tables
+        for key, value in table
+        if isinstance(value, Filtered)
+        for case in value.cases
+        if case.pattern is not None
+    }
+    unused += [
+        f"filter {pattern!r} of {key} is in no tensor's name"
+        for pattern, key in patterns.items()
+        if not any(pattern in name for name in names)
+    ]
+    return unused
+
+
+def _match_text(match: Match) -> str:
+    parts = {
+        "class": ", ".join(match.classes),
+        "layers": "" if match.layers is None else f"{match.layers[0]} to {match.layers[1]}",
+        "name": match.name or "",
+    }
+    return ", ".join(f"{key} {text}" for key, text in parts.items() if text)
 
 
 def matches(match: Match, name: str, tensor_class: TensorClass) -> bool:

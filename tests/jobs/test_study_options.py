@@ -17,6 +17,7 @@ from remelt_evals.eval_report import report_from_json
 from remelt_evals.ladder import stop_early
 from remelt_evals.objectives import OBJECTIVES
 from remelt_evals.report_tables import read_table
+from remelt_jobs.demo import demo_study
 from remelt_jobs.journal import Record, read_journal
 from remelt_jobs.study import run_study
 from remelt_jobs.study_config import Budget, parse_study
@@ -172,3 +173,22 @@ def test_an_evaluator_of_two_nodes_is_scheduled_whole_or_not_at_all(parents: dic
     assert told["num_nodes_of_the_one_that_runs"] == 2
     assert told["free_gpus"] == 0
     assert told["states_at_the_end"] == ["REMOVED", "REMOVED"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_candidates_in_memory_score_what_candidates_on_disk_do(cluster: str, suite_file: Path, tmp_path: Path) -> None:
+    """The zoo's real models: the same digests, values and asks, whichever way a candidate comes to the model."""
+    document = demo_study(num_trials=7, num_evaluators=1) | {"suite": str(suite_file), "finalists": 1}
+    finished = {}
+    for is_resident in (True, False):
+        evaluators = {"count": 1, "cpus": 1, "memory": "1GB", "resident": is_resident}
+        output = tmp_path / str(is_resident)
+        run_study(parse_study(document | {"evaluators": evaluators}), output)
+        finished[is_resident] = by_type(read_journal(output), "finished")
+    ways = {record["trial"]: record["way"] for record in finished[True]}
+    assert [ways[number] for number in range(7)] == ["memory", "", "", "", "", "memory", "memory"]
+    assert {record["way"] for record in finished[False]} == {"", "disk"}
+    for one, other in zip(finished[True], finished[False], strict=True):
+        for key in ("trial", "digest", "candidate_id", "values", "score"):
+            assert one[key] == other[key]

@@ -12,7 +12,7 @@ from remelt.errors import RecipeError
 from remelt.operators import OPERATORS
 from remelt.recipe import Gradient
 from remelt.recipe_yaml import load_recipe, parse_recipe
-from remelt.resolve import resolve, scalar_at
+from remelt.resolve import find_unused, resolve, scalar_at
 from remelt.treatment import Apply, Copy, Drop, Treatment
 
 RECIPES = Path(__file__).parents[1] / "fixtures" / "recipes"
@@ -229,3 +229,26 @@ def test_ninety_thousand_tensors_of_sixteen_models_share_a_few_treatments() -> N
     assert len(treatments) == len(names) > 90_000
     assert len({id(each) for each in treatments}) < 200  # interned
     assert sum(isinstance(each, Copy) for each in treatments) == 3 * 768
+
+
+def test_rules_and_filters_that_fit_no_tensor_are_named() -> None:
+    recipe = parse_recipe(
+        {
+            "merge_method": "linear",
+            "models": [
+                {"model": "a", "parameters": {"weight": [{"filter": "self_atn", "value": 1}, {"value": 0.5}]}},
+                {"model": "b", "parameters": {"weight": [{"filter": "mlp", "value": 1}, {"value": 0.5}]}},
+            ],
+            "rules": [
+                {"match": {"name": "model.layrs.*"}, "copy": "a"},
+                {"match": {"name": "*.mlp.*"}, "copy": "b"},
+                {"match": {"class": "router", "layers": [1, 2]}, "copy": "b"},
+            ],
+        }
+    )
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
+    assert find_unused(recipe, names) == [
+        "rule 1 of the recipe, name model.layrs.*, matches no tensor",
+        "rule 3 of the recipe, class router, layers 1 to 2, matches no tensor",
+        "filter 'self_atn' of weight is in no tensor's name",
+    ]
