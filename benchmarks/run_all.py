@@ -23,6 +23,8 @@ SCRIPTS: dict[str, list[str]] = {
     "accuracy": [],
     "resident": [],
     "generation": [],
+    "searcher_scale": [],
+    "frank_wolfe": [],
     "zoo_search": ["--seeds", "5"],
 }
 TAKES_SCRATCH = SCRIPTS.keys() - {"zoo_search"}

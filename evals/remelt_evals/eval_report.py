@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from remelt.errors import EvaluationError
 
@@ -162,6 +162,30 @@ def objective(report: EvalReport) -> float:
         raise EvaluationError(f"evaluation {report.evaluation_id[:12]} failed and has no objective: {report.error}")
     total = sum(task.weight for task in report.tasks)
     return sum(task.weight * task.oriented_value for task in report.tasks) / total
+
+
+def macro_standard_error(report: EvalReport) -> float | None:
+    """Of the objective, its entries taken as independent: sqrt(sum (w s)^2) / sum w; None where one has none."""
+    terms = [task.weight * task.stderr for task in report.tasks if task.stderr is not None]
+    if not terms or len(terms) < len(report.tasks):
+        return None
+    return math.hypot(*terms) / sum(task.weight for task in report.tasks)
+
+
+class _Entry(Protocol):
+    @property
+    def ability(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
+
+
+def entry_names(entries: Sequence[_Entry]) -> list[str]:
+    """A name for each entry of a suite: its ability, with its metric where an ability has several."""
+    names = [entry.ability for entry in entries]
+    return [
+        entry.ability if names.count(entry.ability) == 1 else f"{entry.ability} {entry.metric}" for entry in entries
+    ]
 
 
 def evaluation_id(request: EvalRequest, suite_digest: str, backend: Mapping[str, Any]) -> str:

@@ -7,14 +7,12 @@ from itertools import combinations
 from statistics import median
 from typing import Any, NamedTuple
 
-from remelt_evals.eval_report import objective
+from remelt_evals.eval_report import entry_names, macro_standard_error, objective
 from remelt_evals.report_charts import Bar, Mark, bar_panels, front_chart, heat_map, progress_chart
 from remelt_evals.report_coefficients import coefficient_grid
 from remelt_evals.report_front import Front
 from remelt_evals.report_reading import (
     Evaluation,
-    entry_names,
-    macro_standard_error,
 )
 from remelt_evals.report_tables import TrialRow
 

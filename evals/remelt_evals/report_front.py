@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from remelt.errors import EvaluationError
+from remelt.searchers.pareto import front
 from remelt.strict_config import suggestion
-from remelt_evals.report_reading import Evaluation, entry_names, search_evaluation
+from remelt_evals.eval_report import entry_names
+from remelt_evals.report_reading import Evaluation, search_evaluation
 from remelt_evals.report_tables import TrialRow
 
 SCORE = "score"
@@ -121,22 +122,9 @@ def front_of_trials(
         FrontPoint(
             trial, tuple(entry.value for entry in entries), tuple(entry.standard_error for entry in entries), bool(on)
         )
-        for (trial, entries), on in zip(rows, non_dominated(values_NT * signs_T), strict=True)
+        for (trial, entries), on in zip(rows, front(values_NT * signs_T), strict=True)
     )
     return Front(names, higher, role, fidelity, points, len(trials) - len(points))
-
-
-def non_dominated(values_NT: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which of N points no other point dominates, on T objectives where higher is better; shape (N,).
-
-    A point dominates another if it is at least as good on all objectives and better on one; equal points do not
-    dominate each other.
-    """
-    on_front = np.ones(len(values_NT), np.bool_)
-    for place, point in enumerate(values_NT):
-        dominates = (values_NT >= point).all(axis=1) & (values_NT > point).any(axis=1)
-        on_front[place] = not dominates.any()
-    return on_front
 
 
 class _Entry(NamedTuple):

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from remelt.errors import EvaluationError
 from remelt.strict_config import suggestion
+from remelt_evals.eval_report import entry_names, macro_standard_error
 from remelt_evals.report_reading import (
     NO_STUDY,
     Evaluation,
-    entry_names,
-    macro_standard_error,
     read_evaluations,
     read_trials,
 )

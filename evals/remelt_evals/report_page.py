@@ -8,7 +8,7 @@ from typing import Any
 
 from remelt import __version__
 from remelt.errors import EvaluationError
-from remelt_evals.eval_report import objective
+from remelt_evals.eval_report import entry_names, macro_standard_error, objective
 from remelt_evals.paired import Difference
 from remelt_evals.report_comparing import compare_in_reports
 from remelt_evals.report_figures import (
@@ -25,9 +25,7 @@ from remelt_evals.report_front import front_of_trials
 from remelt_evals.report_reading import (
     NO_STUDY,
     Evaluation,
-    entry_names,
     evaluations_of,
-    macro_standard_error,
     read_evaluations,
     read_trials,
     search_evaluation,

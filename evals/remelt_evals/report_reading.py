@@ -8,7 +8,6 @@ Reading is safe while others write: a file is whole or not there, and `runs` is 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from remelt.errors import EvaluationError
-from remelt_evals.eval_report import EvalReport, Role, SampleScore, TaskReport
+from remelt_evals.eval_report import EvalReport, Role, SampleScore, TaskReport, entry_names, macro_standard_error
 from remelt_evals.report_schemas import TABLES
 from remelt_evals.report_tables import ParentRow, RunContext, TrialRow, read_table
 
@@ -224,24 +223,10 @@ def with_samples(reports: str | Path, evaluation: Evaluation) -> EvalReport:
     return replace(report, tasks=tuple(tasks))
 
 
-def entry_names(tasks: Sequence[TaskReport]) -> list[str]:
-    """A name for each entry of a suite: its ability, with its metric where an ability has several."""
-    names = [task.ability for task in tasks]
-    return [task.ability if names.count(task.ability) == 1 else f"{task.ability} {task.metric}" for task in tasks]
-
-
 def search_evaluation(trial: TrialRow, by_id: Mapping[str, Evaluation], role: str = "search") -> Evaluation | None:
     """A trial's evaluation on the items of a role; the last one where there are several fidelities."""
     found = [by_id[each] for each in trial.evaluation_ids if each in by_id and by_id[each].report.role == role]
     return found[-1] if found else None
-
-
-def macro_standard_error(report: EvalReport) -> float | None:
-    """Of the weighted mean of independent entries: sqrt(sum (w s)^2) / sum w; None where one has none."""
-    terms = [task.weight * task.stderr for task in report.tasks if task.stderr is not None]
-    if not terms or len(terms) < len(report.tasks):
-        return None
-    return math.hypot(*terms) / sum(task.weight for task in report.tasks)
 
 
 def _completed(trial: TrialRow, by_id: Mapping[str, Evaluation]) -> TrialRow:

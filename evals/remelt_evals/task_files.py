@@ -6,7 +6,6 @@ digest does not pay for lm-eval.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from remelt.errors import EvaluationError
+from remelt.fingerprints import file_sha256
 from remelt.strict_config import kind_of, suggestion
 
 
@@ -85,7 +85,7 @@ def _describe(path: Path, root: Path) -> TaskFile:
     files = {source for source, _ in chain} | set(_existing(data_files, path))
     if uses_python:
         files |= {script for source, _ in chain for script in source.parent.glob("*.py")}
-    digests = sorted((Path(os.path.relpath(file, root)).as_posix(), _sha256(file)) for file in files)
+    digests = sorted((Path(os.path.relpath(file, root)).as_posix(), file_sha256(file)) for file in files)
     return TaskFile(yaml_path=str(path.resolve()), data_files=data_files, file_digests=tuple(digests))
 
 
@@ -127,8 +127,3 @@ def _existing(data_files: Any, task: Path) -> Iterator[Path]:
         if not files:
             raise EvaluationError(f"{task} names the data file {data_files}, which does not exist")
         yield from files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

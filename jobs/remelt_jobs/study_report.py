@@ -6,10 +6,11 @@ import sys
 from types import TracebackType
 from typing import Any, Self
 
+from remelt_evals.eval_report import entry_names
 from remelt_evals.paired import Difference
 from remelt_jobs.progress import human_seconds
 from remelt_jobs.study_progress import StudyProgress
-from remelt_jobs.study_result import ResultRow, StudyResult, Versus
+from remelt_jobs.study_result import StudyResult, Versus
 
 _PHASES = {
     "search": "trials",
@@ -116,7 +117,7 @@ def result_table(result: StudyResult) -> Any:
 
     table = Table(title="Report items: score ± standard error", title_justify="left")
     table.add_column("checkpoint")
-    names = _column_names(result.rows[-1])
+    names = entry_names(result.rows[-1].abilities)
     for name in names:
         table.add_column(name, justify="right")
     table.add_column("macro average", justify="right")
@@ -144,14 +145,6 @@ def study_files(result: StudyResult) -> list[tuple[str, str]]:
         (f"{result.output / 'result.json'}", "this table, and the intervals"),
         (f"{result.reports}", "Parquet tables: trials, runs, metrics, samples"),
         (f"{result.output / 'journal'}", "every trial as it was asked for and finished"),
-    ]
-
-
-def _column_names(row: ResultRow) -> list[str]:
-    abilities = [score.ability for score in row.abilities]
-    return [
-        score.ability if abilities.count(score.ability) == 1 else f"{score.ability} {score.metric}"
-        for score in row.abilities
     ]
 
 

@@ -7,14 +7,13 @@ with hindsight in the parents' favour, so a lead over it is not the luck of the 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from remelt.errors import StudyError
-from remelt_evals.eval_report import EvalReport, objective, report_from_json
+from remelt_evals.eval_report import EvalReport, macro_standard_error, objective, report_from_json
 from remelt_evals.paired import Comparison, compare
 from remelt_jobs.candidates import Candidate
 from remelt_jobs.study_config import StudyConfig
@@ -149,19 +148,11 @@ def _row(candidate: Candidate, report: EvalReport) -> ResultRow:
         label=candidate.label,
         kind="uniform" if candidate.origin == "uniform" else "parent",
         objective=objective(report),
-        stderr=objective_stderr(report),
+        stderr=macro_standard_error(report),
         abilities=tuple(
             AbilityScore(task.ability, task.metric, task.value, task.stderr, task.n) for task in report.tasks
         ),
     )
-
-
-def objective_stderr(report: EvalReport) -> float | None:
-    """Standard error of the objective from those of its entries: sqrt(sum (w s)^2) / sum w; None where one lacks."""
-    terms = [None if task.stderr is None else task.weight * task.stderr for task in report.tasks]
-    if any(term is None for term in terms):
-        return None
-    return math.hypot(*(term for term in terms if term is not None)) / sum(task.weight for task in report.tasks)
 
 
 def _versus(winner: Candidate, baselines: list[Candidate], reports: Mapping[int, EvalReport]) -> tuple[Versus, ...]:

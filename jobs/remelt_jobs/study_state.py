@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 from remelt.errors import StudyError
 from remelt.searchers import Trial, TrialState
-from remelt_evals.eval_report import EvalReport, Role, objective
+from remelt_evals.eval_report import Role, entry_names, macro_standard_error, objective
 from remelt_evals.objectives import OBJECTIVES, Objective
-from remelt_evals.report_reading import entry_names, macro_standard_error
 from remelt_jobs.candidates import Candidate
 from remelt_jobs.journal import Record
 from remelt_jobs.trial import Outcome
@@ -208,7 +207,9 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
     """What a `finished` or `scored` record keeps of an outcome; the samples are in the reports."""
     report = outcome.report if outcome.report is not None and outcome.report.is_ok else None
     state = TrialState.COMPLETE if report is not None else TrialState.FAILED
-    values = [] if report is None else [task.oriented_value for task in report.tasks]
+    tasks = () if report is None else report.tasks
+    names = entry_names(tasks)
+    values = [task.oriented_value for task in tasks]
     score = None if report is None else objective(report)
     if outcome.estimate is not None:
         state, values, score = TrialState.STOPPED, list(outcome.estimate.values), outcome.estimate.score
@@ -216,8 +217,8 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
         "state": str(state),
         "score": score,
         "values": values,
-        "abilities": {} if report is None else ability_values(report),
-        "ability_errors": {} if report is None else dict(zip(entry_names(report.tasks), _stderrs(report), strict=True)),
+        "abilities": {name: task.value for name, task in zip(names, tasks, strict=True)},
+        "ability_errors": {name: task.stderr for name, task in zip(names, tasks, strict=True)},
         "score_error": None if report is None or outcome.estimate is not None else macro_standard_error(report),
         "fidelity": None if report is None else report.fidelity,
         "failure": outcome.failure,
@@ -228,17 +229,4 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 3),
         "where": outcome.where,
         "way": outcome.way,
-    }
-
-
-def _stderrs(report: EvalReport) -> list[float | None]:
-    return [task.stderr for task in report.tasks]
-
-
-def ability_values(report: EvalReport) -> Mapping[str, float]:
-    """Each entry's value by ability, with its metric where an ability has several."""
-    names = [task.ability for task in report.tasks]
-    return {
-        task.ability if names.count(task.ability) == 1 else f"{task.ability} {task.metric}": task.value
-        for task in report.tasks
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from remelt_evals.evaluator import Evaluator
 from remelt_evals.evaluator_process import EvaluatorProcess, resident_bytes
 from remelt_evals.ladder import Estimate, stop_early
 from remelt_jobs.candidates import open_for_evaluation
-from remelt_jobs.lease import fence_name
+from remelt_jobs.lease import fence_name, host_name
 
 if TYPE_CHECKING:
     from remelt.commit import MergedCheckpoint
@@ -121,7 +120,7 @@ class TrialEvaluator:
                 merge_seconds=merged_at - started,
                 seconds=time.monotonic() - started,
                 memory_bytes=resident_bytes(),
-                where=socket.gethostname(),
+                where=host_name(),
                 is_evaluator_sound=not isinstance(error, EvaluationError),
             )
         finally:
@@ -136,7 +135,7 @@ class TrialEvaluator:
             merge_seconds=merged_at - started,
             seconds=time.monotonic() - started,
             memory_bytes=resident_bytes(),
-            where=socket.gethostname(),
+            where=host_name(),
         )
 
     def _climb(self, work: Work, made: _Made) -> tuple[EvalReport, Estimate | None]:

@@ -23,14 +23,13 @@ from remelt.checkpoint import CheckpointIndex
 from remelt.companions import companion_files, output_config
 from remelt.dtypes import tensor_bytes
 from remelt.errors import BudgetError, NumericsError, OutputError
-from remelt.fingerprints import checkpoint_digest, digest_line, digest_of_lines
+from remelt.fingerprints import checkpoint_digest, digest_line, digest_of_lines, file_sha256
 from remelt.layout import INDEX_FILE, SINGLE_FILE
 from remelt.model_card import model_card
 from remelt.plan import MergePlan, OutputRecord, Unit, UnitReceipt
 from remelt.receipts import (
     RECEIPTS,
     SHARDS,
-    file_sha256,
     find_receipt,
     find_shard,
     receipt_path,
@@ -157,7 +156,7 @@ def _missing_bytes(plan: MergePlan, output: Path) -> int:
     A finished output stays until what replaces it is whole, so that for a while there are both.
     """
     shards = output / WORK_DIR / SHARDS
-    places = (shards, output) if read_manifest(output) is None else (shards,)
+    places = (shards,) if (output / MANIFEST_FILE).exists() else (shards, output)
     present = 0
     for unit in plan.units:
         for path in (place / unit.file for place in places):
@@ -310,7 +309,7 @@ class OutputRun:
     def _remove_replaced(self) -> None:
         """Remove the finished output in our place; its manifest goes aside first, so that a kill can be resumed."""
         aside = self.work_dir / REPLACED_FILE
-        if read_manifest(self._output) is not None:
+        if (self._output / MANIFEST_FILE).exists():
             (self._output / MANIFEST_FILE).rename(aside)
             sync_directory(self._output)
         if aside.exists():

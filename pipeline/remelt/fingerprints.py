@@ -32,6 +32,12 @@ def file_fingerprint(descriptor: int, size: int, header: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(" ".join((str(size), *parts)).encode())
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_unchanged(index: CheckpointIndex) -> None:
     """Compare each file's size and time of change with what was indexed.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 from remelt.errors import CheckpointError
+from remelt.fingerprints import file_sha256
 from remelt.formats.safetensors_header import parse_header, read_head
 from remelt.plan import OutputRecord, Unit, UnitReceipt
 from remelt.sinks import sync_directory, temporary_name, unwritable
@@ -68,12 +68,6 @@ def find_receipt(
     if recheck and file_sha256(shard) != record.sha256:
         return None
     return receipt
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, as manifests and receipts have it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_shard(work_dir: Path, output: Path, record: OutputRecord) -> Path | None:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remelt.errors import EvaluationError
-from remelt_evals.report_front import front_of_trials, non_dominated
+from remelt.searchers.pareto import front
+from remelt_evals.report_front import front_of_trials
 from remelt_evals.report_reading import evaluations_of, read_evaluations, read_trials
 from study_reports import STUDY_ID, write_study
 
@@ -29,7 +30,7 @@ Points = st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=12)
 @settings(deadline=None, max_examples=60)
 @given(Points)
 def test_a_point_is_on_the_front_if_and_only_if_none_dominates_it(points: list[tuple[int, ...]]) -> None:
-    found = non_dominated(np.array(points, np.float64))
+    found = front(np.array(points, np.float64))
     for place, point in enumerate(points):
         dominated = any(
             all(theirs >= mine for theirs, mine in zip(other, point, strict=True)) and other != point

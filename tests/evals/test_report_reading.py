@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from remelt.errors import EvaluationError
-from remelt_evals.eval_report import objective
+from remelt_evals.eval_report import macro_standard_error, objective
 from remelt_evals.report_reading import (
     NO_STUDY,
     choose_study,
@@ -18,7 +18,6 @@ from remelt_evals.report_reading import (
     find_reports,
     is_complete,
     list_studies,
-    macro_standard_error,
     read_evaluations,
     read_trials,
     with_samples,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from command import Command, the_line
-from remelt_evals.report_reading import macro_standard_error
+from remelt_evals.eval_report import macro_standard_error
 from remelt_evals.report_tables import read_table, write_evaluation
 from remelt_jobs.candidates import starting_candidates
 from remelt_jobs.study_config import parse_study

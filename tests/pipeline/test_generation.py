@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import numpy as np
 import pytest
 
 from checkpoint_files import write_file
+from killed_runs import kill_rounds
 from merge_fixtures import make_recipe, parent_tensors, write_pool
 from remelt.commit import MANIFEST_FILE, WORK_DIR
 from remelt.errors import BudgetError, NonFiniteError, OutputError, RecipeError
@@ -182,30 +178,17 @@ def test_killed_at_random_moments_a_generation_ends_with_the_same_bytes(pool: di
     for number, recipe in enumerate(recipes):
         paths.append(tmp_path / f"recipe-{number}.yaml")
         paths[-1].write_text(recipe.to_yaml())
-    script = (
-        "import sys; from pathlib import Path; from remelt.recipe_yaml import load_recipe;"
-        "from remelt.merge import merge_recipes; import remelt.kernels, numpy;"
+    num_killed = kill_rounds(
+        "from pathlib import Path; from remelt.recipe_yaml import load_recipe; from remelt.merge import merge_recipes;"
+        "import remelt.kernels, numpy",
         "paths = [Path(word) for word in sys.argv[1:]]; count = len(paths) // 2;"
-        "print('ready', flush=True); sys.stdin.readline();"
         "recipes = [load_recipe(path) for path in paths[:count]];"
-        "merge_recipes(recipes, paths[count:], threads=2, memory_bytes=300_000_000)"
+        "merge_recipes(recipes, paths[count:], threads=2, memory_bytes=300_000_000)",
+        [*paths, *outputs],
+        rounds=3,
+        longest=0.4,
+        rng=np.random.default_rng(1),
     )
-    rng, num_killed = np.random.default_rng(1), 0
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, *map(str, [*paths, *outputs])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None and process.stdin is not None
-        process.stdout.readline()
-        process.stdin.write("\n")
-        process.stdin.flush()
-        time.sleep(float(rng.uniform(0, 0.4)))
-        num_killed += process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
     assert num_killed, "no process was killed while it ran"
     merged = merge_recipes(recipes, outputs)
     assert [all_bytes(each.path) for each in merged] == [all_bytes(each.path) for each in whole]

@@ -5,10 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ import numpy as np
 import pytest
 
 from checkpoint_files import write_file
+from killed_runs import kill_rounds
 from merge_fixtures import make_recipe, parent_tensors, write_pool
 from remelt.commit import MANIFEST_FILE, WORK_DIR
 from remelt.errors import BudgetError, NonFiniteError, NumericsError, OutputError
@@ -27,7 +24,6 @@ from remelt.merge import merge_recipe, open_checkpoints, run_plan
 from remelt.plan import MergePlan, UnitReceipt
 from remelt.planner import Budget, build_plan
 from remelt.range_reader import RangeReader
-from remelt.recipe import Recipe
 from remelt.verify import verify_merge
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_ties", "della", "breadcrumbs", "model_stock")
@@ -374,41 +370,22 @@ def test_several_coefficient_sets_give_the_bytes_of_their_single_merges(pool: di
         assert together.candidate_id == alone.candidate_id
 
 
-def kill_rounds(recipe: Recipe, output: Path, rounds: int, rng: np.random.Generator) -> int:
-    """Start the merge in a process of its own and kill it at random moments; returns how often it was still running."""
-    script = (
-        "import sys; from pathlib import Path; from remelt.recipe_yaml import load_recipe;"
-        "from remelt.merge import merge_recipe;"
-        "import remelt.kernels, numpy; print('ready', flush=True); sys.stdin.readline();"
-        "merge_recipe(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]), threads=2, memory_bytes=200_000_000)"
-    )
-    path = output.parent / "recipe.yaml"
-    path.write_text(recipe.to_yaml())
-    killed = 0
-    for _ in range(rounds):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(path), str(output)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None and process.stdin is not None
-        process.stdout.readline()
-        process.stdin.write("\n")
-        process.stdin.flush()
-        time.sleep(float(rng.uniform(0, 0.5)))
-        killed += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    return killed
-
-
 def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(pool: dict[str, Path], tmp_path: Path) -> None:
     recipe = make_recipe(pool, "della", parameters={"density": 0.5}, max_shard_size="60kB")
     whole = merge_recipe(recipe, tmp_path / "whole")
     (tmp_path / "work").mkdir()
     output = tmp_path / "work" / "out"
-    killed = kill_rounds(recipe, output, 4, np.random.default_rng(0))
+    path = tmp_path / "work" / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    killed = kill_rounds(
+        "from pathlib import Path; from remelt.recipe_yaml import load_recipe; from remelt.merge import merge_recipe;"
+        "import remelt.kernels, numpy",
+        "merge_recipe(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]), threads=2, memory_bytes=200_000_000)",
+        [path, output],
+        rounds=4,
+        longest=0.5,
+        rng=np.random.default_rng(0),
+    )
     assert killed, "no process was killed while it ran"
     merged = merge_recipe(recipe, output)
     assert file_hashes(merged.path) == file_hashes(whole.path)

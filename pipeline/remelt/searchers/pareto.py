@@ -22,11 +22,15 @@ SPREAD = 20.0
 
 
 def front(objectives_PM: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which points no other point dominates, (P,); of thousands too."""
+    """Which points no other point dominates, (P,); of thousands too.
+
+    A point dominates another if it is at least as good on all objectives and better on one; equal points do not
+    dominate each other.
+    """
     is_front = np.zeros(len(objectives_PM), dtype=bool)
     kept_FM = objectives_PM[:0]
-    # A dominating point has the larger sum, so it comes first.
-    for place in np.argsort(-objectives_PM.sum(axis=1), kind="stable"):
+    # By the first objective, then the second, and so on: a dominating point comes first.
+    for place in np.lexsort(-objectives_PM.T[::-1]):
         point = objectives_PM[place]
         if not ((kept_FM >= point).all(axis=1) & (kept_FM > point).any(axis=1)).any():
             is_front[place] = True
