@@ -193,7 +193,7 @@ class Evaluator:
     def _prepare(self, suite: Suite) -> None:
         if self._offline is None:
             self._offline = suite.is_local
-            prepare_environment(self._folder.name, offline=suite.is_local)
+            prepare_environment(self._folder.name, offline=suite.is_local, execute_code=bool(suite.execute_code))
         elif self._offline != suite.is_local:
             raise EvaluationError(
                 f"suite {suite.name} {'lies on disk' if suite.is_local else 'fetches its items'}, but this evaluator "
@@ -230,7 +230,7 @@ def _score(
         rewrite_requests_cache=False,
         bootstrap_iters=_LM_EVAL_RESAMPLES,
         log_samples=True,
-        confirm_run_unsafe_code=False,
+        confirm_run_unsafe_code=bool(suite.execute_code),
     )
     try:
         return tuple(

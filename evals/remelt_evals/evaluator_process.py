@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
-from remelt.errors import EvaluationError, RemeltError
+from remelt.errors import EvaluationError
 from remelt_evals.backends import BackendOptions
 from remelt_evals.eval_report import (
     EvalReport,
@@ -34,16 +32,13 @@ from remelt_evals.eval_report import (
     HeldCandidate,
     canonical_json,
     report_from_json,
-    report_to_json,
-    request_from_json,
     request_to_json,
 )
+from remelt_evals.evaluator_child import read_message, write_message
 
 if TYPE_CHECKING:
     from remelt.recipe import Recipe
-    from remelt_evals.evaluator import Evaluator
 
-_LENGTH = struct.Struct(">Q")
 START_TIMEOUT_SECONDS = 120.0
 
 
@@ -54,6 +49,8 @@ class _Child(NamedTuple):
     responses: int
     """File descriptor that the driver reads."""
     log: BinaryIO
+    folder: tempfile.TemporaryDirectory[str]
+    """Where the child and its libraries put temporary files; removed with it, however it ended."""
 
 
 class EvaluatorProcess:
@@ -168,7 +165,7 @@ class EvaluatorProcess:
         with self._lock:
             child = self._start()
             try:
-                _write_frame(child.requests, canonical_json(message).encode())
+                write_message(child.requests, message)
                 answer = self._receive(child, timeout_seconds)
             except TimeoutError:
                 self.close()
@@ -192,9 +189,7 @@ class EvaluatorProcess:
 
     def _receive(self, child: _Child, timeout_seconds: float | None) -> dict[str, Any]:
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        length = _LENGTH.unpack(_read_exactly(child.responses, _LENGTH.size, deadline))[0]
-        answer: dict[str, Any] = json.loads(_read_exactly(child.responses, length, deadline))
-        return answer
+        return read_message(child.responses, deadline, is_alive=lambda: child.process.poll() is None)
 
     def _start(self) -> _Child:
         if self._child is not None and self._child.process.poll() is None:
@@ -251,27 +246,30 @@ class EvaluatorProcess:
 def _spawn(interpreter: str, options: BackendOptions) -> _Child:
     request_read, request_write = os.pipe()
     response_read, response_write = os.pipe()
-    log = tempfile.TemporaryFile(prefix="remelt-evaluator-")  # noqa: SIM115 (lives as long as the child)
-    arguments = [str(request_read), str(response_write), canonical_json(asdict(options))]
+    folder = tempfile.TemporaryDirectory(prefix="remelt-evaluator-", ignore_cleanup_errors=True)
+    log = tempfile.TemporaryFile(dir=folder.name)  # noqa: SIM115 (lives as long as the child)
+    arguments = [str(request_read), str(response_write), canonical_json(asdict(options)), folder.name]
     try:
         process = subprocess.Popen(
-            [interpreter, "-m", "remelt_evals.evaluator_process", *arguments],
+            [interpreter, "-m", "remelt_evals.evaluator_child", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             pass_fds=(request_read, response_write),
-            env=_environment(interpreter),
+            env={**_environment(interpreter), "TMPDIR": folder.name},
             start_new_session=True,
         )
     except OSError as error:
         os.close(request_write)
         os.close(response_read)
+        log.close()
+        folder.cleanup()
         raise EvaluationError(f"cannot start an evaluator with {interpreter}: {error.strerror}") from error
     finally:
         # The child's ends must be open in the child alone, or its death would not end the stream.
         os.close(request_read)
         os.close(response_write)
-    return _Child(process, request_write, response_read, log)
+    return _Child(process, request_write, response_read, log, folder)
 
 
 def _environment(interpreter: str) -> Mapping[str, str]:
@@ -294,6 +292,7 @@ def _end(child: _Child) -> None:
     for descriptor in (child.requests, child.responses):
         os.close(descriptor)
     child.log.close()
+    child.folder.cleanup()
 
 
 def _log_tail(log: BinaryIO, num_lines: int = 3) -> str:
@@ -303,91 +302,3 @@ def _log_tail(log: BinaryIO, num_lines: int = 3) -> str:
     text = os.pread(log.fileno(), size - start, start).decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " | ".join(lines[-num_lines:])[-600:]
-
-
-def _write_frame(descriptor: int, data: bytes) -> None:
-    view = memoryview(_LENGTH.pack(len(data)) + data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _read_exactly(descriptor: int, num_bytes: int, deadline: float | None) -> bytes:
-    """Raises EOFError where the other side is gone, TimeoutError at the deadline."""
-    parts, missing = [], num_bytes
-    while missing:
-        if deadline is not None:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-        part = os.read(descriptor, min(missing, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        missing -= len(part)
-    return b"".join(parts)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process's own now, without mapped files; 0 where the system does not say."""
-    try:
-        _, resident, shared, *_ = (int(word) for word in Path("/proc/self/statm").read_text().split())
-    except OSError:
-        return 0
-    # Parents that are mapped from the page cache are the system's to drop, and no sign of growth.
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _watch_parent(parent: int) -> None:
-    """End this process when its driver is gone, even in the middle of an evaluation."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _serve(requests: int, responses: int, options: BackendOptions) -> None:
-    """Answer requests until the driver closes its end; an error of ours is answered, any other ends the process."""
-    from remelt_evals.evaluator import Evaluator
-
-    def answer(content: dict[str, Any]) -> None:
-        _write_frame(responses, canonical_json(content).encode())
-
-    try:
-        evaluator = Evaluator(options)
-        answer({"kind": "ready"})
-        while True:
-            try:
-                length = _LENGTH.unpack(_read_exactly(requests, _LENGTH.size, None))[0]
-            except EOFError:
-                return
-            message = json.loads(_read_exactly(requests, length, None))
-            if message["kind"] == "hold":
-                answer(_hold(evaluator, message))
-                continue
-            request = request_from_json(json.dumps(message["request"]))
-            if message["kind"] == "evaluation_id":
-                answer({"kind": "evaluation_id", "evaluation_id": evaluator.evaluation_id(request)})
-            else:
-                report = json.loads(report_to_json(evaluator.evaluate(request)))
-                answer({"kind": "report", "report": report, "memory_bytes": resident_bytes()})
-    except RemeltError as error:
-        answer({"kind": "error", "message": str(error)})
-
-
-def _hold(evaluator: Evaluator, message: Mapping[str, Any]) -> dict[str, Any]:
-    from remelt.recipe_yaml import parse_recipe
-
-    recipe = parse_recipe(message["recipe"])
-    held = evaluator.hold(recipe, message["suite"], memory_bytes=message["memory_bytes"], threads=message["threads"])
-    return {"kind": "not held", "reason": held} if isinstance(held, str) else {"kind": "held", "held": held._asdict()}
-
-
-def _main(arguments: list[str]) -> None:
-    requests, responses = int(arguments[0]), int(arguments[1])
-    for descriptor in (requests, responses):
-        os.set_inheritable(descriptor, False)
-    threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
-    _serve(requests, responses, BackendOptions(**json.loads(arguments[2])))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

@@ -75,7 +75,14 @@ class TaskBuilder:
                 f"suite {suite.name}: {name} is a group or tag of {len(loaded['tasks'])} lm-eval tasks: "
                 "list the tasks themselves, one line each"
             )
-        return loaded["tasks"][name]
+        task = loaded["tasks"][name]
+        if getattr(task, "UNSAFE_CODE", False) and name not in suite.execute_code:
+            raise EvaluationError(
+                f"suite {suite.name}: eval task {name} runs code that the model writes, on this machine and with your "
+                f"rights. Where that is safe (a container without network, say), allow it by name in {suite.path}: "
+                f"execute_code: [{name}]"
+            )
+        return task
 
 
 def item_hashes(task: Any) -> list[str]:
@@ -115,7 +122,7 @@ def check_disjoint(suite: Suite, hashes: Mapping[Role, Mapping[str, Sequence[str
     return tuple(notes)
 
 
-def prepare_environment(cache_dir: str, *, offline: bool) -> None:
+def prepare_environment(cache_dir: str, *, offline: bool, execute_code: bool) -> None:
     """Set what lm-eval and its libraries read from the environment; call it before they are imported.
 
     No network for local suites; no process pool for standard errors (lm-eval forks one for each CPU); its request
@@ -125,6 +132,9 @@ def prepare_environment(cache_dir: str, *, offline: bool) -> None:
     os.environ["LM_HARNESS_CACHE_PATH"] = str(Path(cache_dir) / "requests")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["TQDM_DISABLE"] = "1"
+    if execute_code:
+        # The metric asks on its own, beside lm-eval; which tasks may is checked as they are built.
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -8,6 +8,8 @@
       - {ability: arithmetic, metric: acc, search: sums_search, selection: sums_selection, report: sums_report}
       - {ability: prose, metric: bits_per_byte, weight: 0.5, search: prose_search, report: prose_report, limit: 200}
 
+    execute_code: [python_search]     # eval tasks that may run code which the model writes; none without this
+
 Task folders are code (templates, `!function` tags): use only those that you trust. Paths of data files in a task's
 `dataset_kwargs` are relative to the YAML file that says them. Reading a suite imports neither lm-eval nor torch.
 """
@@ -20,11 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from remelt.errors import EvaluationError
-from remelt.strict_config import Section, load_yaml
+from remelt.strict_config import Section, load_yaml, suggestion
 from remelt_evals.eval_report import ROLES, Role, canonical_json
 from remelt_evals.task_files import TaskFile, find_task_files
 
-_SUITE_KEYS = ("name", "tasks_dir", "tasks", "batch_size", "num_fewshot", "allow_overlap")
+_SUITE_KEYS = ("name", "tasks_dir", "tasks", "batch_size", "num_fewshot", "allow_overlap", "execute_code")
 _TASK_KEYS = ("ability", "metric", "weight", *ROLES, "num_fewshot", "limit")
 
 
@@ -58,6 +60,8 @@ class Suite:
     tasks: tuple[SuiteTask, ...]
     batch_size: int
     allow_overlap: bool
+    execute_code: tuple[str, ...]
+    """lm-eval tasks that may run code which the model writes."""
     task_files: Mapping[str, TaskFile]
     """By lm-eval task name; empty where the suite uses lm-eval's own tasks (no `tasks_dir`)."""
     digest: str
@@ -113,6 +117,7 @@ def load_suite(path: str | Path) -> Suite:
     batch_size = section.integer("batch_size", 1, low=1)
     allow_overlap = section.flag("allow_overlap", False)
     _check_consistent(path, tasks, allow_overlap)
+    execute_code = _read_execute_code(section, tasks)
     task_files: Mapping[str, TaskFile] = {}
     if section.has("tasks_dir"):
         served = sorted({each for task in tasks for role in ROLES if (each := task.task_name(role))})
@@ -124,12 +129,15 @@ def load_suite(path: str | Path) -> Suite:
         "allow_overlap": allow_overlap,
         "files": sorted({pair for file in task_files.values() for pair in file.file_digests}),
     }
+    if execute_code:
+        content["execute_code"] = execute_code
     return Suite(
         name=name,
         path=str(path.resolve()),
         tasks=tasks,
         batch_size=batch_size,
         allow_overlap=allow_overlap,
+        execute_code=execute_code,
         task_files=task_files,
         digest=hashlib.sha256(canonical_json(content).encode()).hexdigest(),
     )
@@ -154,6 +162,15 @@ def _read_task(section: Section, num_fewshot: int | None) -> SuiteTask:
         num_fewshot=num_fewshot if fewshot is None else fewshot,
         limit=_optional_integer(section, "limit", 1),
     )
+
+
+def _read_execute_code(section: Section, tasks: tuple[SuiteTask, ...]) -> tuple[str, ...]:
+    known = {name for task in tasks for role in ROLES if (name := task.task_name(role))}
+    names = section.items("execute_code") if section.has("execute_code") else ()
+    for name in names:
+        if name not in known:
+            section.refuse(f"the suite runs no lm-eval task {name!r}; {suggestion(str(name), known)}", "execute_code")
+    return tuple(sorted(names))
 
 
 def _optional_integer(section: Section, key: str, low: int) -> int | None:

@@ -18,6 +18,9 @@ MAX_LOSSES = 2
 
 MAX_START_FAILURES = 3
 
+CLOSE_SECONDS = 5.0
+"""For evaluators without work to remove their temporary files at the end."""
+
 GROWTH_BYTES = 1 << 30
 """An evaluator is replaced when its memory has doubled since its first candidate, and grown by at least this."""
 
@@ -71,6 +74,11 @@ class EvaluatorPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        import ray
+
+        closing = [slot.actor.close.remote() for slot in self._slots if slot.is_up and slot.job is None]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
         for slot in self._slots:
             _end(slot)
         self._slots = []

@@ -103,7 +103,9 @@ def read_journal(directory: Path) -> list[Record]:
 def _read_segments(directory: Path) -> tuple[list[Record], dict[str, int]]:
     """Records of every segment, and how many bytes of each were read."""
     folder = directory / "journal"
-    paths = sorted(folder.glob("*.jsonl"), key=lambda path: int(path.stem)) if folder.is_dir() else []
+    # An editor's copies and the like are no segments.
+    found = [path for path in folder.glob("*.jsonl") if path.stem.isdecimal()] if folder.is_dir() else []
+    paths = sorted(found, key=lambda path: int(path.stem))
     segments = {path.stem: _read_lines(path) for path in paths}
     # The newest driver that got as far as its first record decides; one that did not has read and done nothing.
     opened = [name for name, lines in segments.items() if lines]
@@ -131,7 +133,10 @@ def _read_lines(path: Path) -> list[tuple[Record, int]]:
                 f"{path} is damaged at byte {start}: a line in its middle is no JSON; restore the file from a backup, "
                 "or start the study in another directory"
             ) from None
-        if not isinstance(record, dict) or (start == 0 and record.get("type") != OPENED):
+        is_first_sound = start > 0 or (
+            isinstance(record, dict) and record.get("type") == OPENED and isinstance(record.get("read"), dict)
+        )
+        if not isinstance(record, dict) or not is_first_sound:
             raise StudyError(f"{path} is damaged at byte {start}: that is no record of a journal")
         lines.append((record, end))
         start = end

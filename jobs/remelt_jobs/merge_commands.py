@@ -128,7 +128,7 @@ def merge(
         bool, typer.Option("--force", help="Replace what another recipe left; removes only our files.")
     ] = (False),
     recheck: Annotated[
-        bool, typer.Option("--recheck", help="Hash what an earlier run left before trusting it.")
+        bool, typer.Option("--recheck", help="Hash the shards that an earlier run left before trusting them.")
     ] = False,
 ) -> None:
     """Merge checkpoints by a recipe. Run it again to resume; finished, it says so and reads nothing."""

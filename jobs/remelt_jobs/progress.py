@@ -11,6 +11,8 @@ from typing import Any
 from remelt.plan import MergePlan, UnitReceipt
 
 PLAIN_INTERVAL_SECONDS = 10.0
+PATIENCE_SECONDS = 3.0
+"""Without a byte for so long, a line says why."""
 REFRESH_SECONDS = 0.2
 
 
@@ -42,11 +44,14 @@ class TerminalProgress:
         self._total = self._done = 0
         self._units = self._units_done = 0
         self._started = self._shown = 0.0
+        self._hint: threading.Timer | None = None
 
     def __enter__(self) -> TerminalProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._hint is not None:
+            self._hint.cancel()
         if self._bar is not None:
             self._bar.stop()
 
@@ -71,11 +76,26 @@ class TerminalProgress:
             )
             self._task = self._bar.add_task("merge", total=total_bytes)
             self._bar.start()
+        self._hint = threading.Timer(PATIENCE_SECONDS, self._explain_wait)
+        self._hint.daemon = True
+        self._hint.start()
+
+    def _explain_wait(self) -> None:
+        with self._lock:
+            if not self._done:
+                print(
+                    "note: no bytes yet: the first merge on a machine compiles its kernels (up to a minute, kept for "
+                    "the next), and Ray takes some seconds to start",
+                    file=sys.stderr,
+                )
 
     def advance(self, num_bytes: int) -> None:
         with self._lock:
-            self._done += num_bytes
             now = time.monotonic()
+            if not self._done:
+                # What came before the first bytes says nothing of the pace.
+                self._started = self._shown = now
+            self._done += num_bytes
             interval = REFRESH_SECONDS if self._bar is not None else PLAIN_INTERVAL_SECONDS
             if now - self._shown < interval:
                 return
@@ -83,7 +103,7 @@ class TerminalProgress:
             if self._bar is not None:
                 self._bar.update(self._task, completed=self._done)
                 return
-            rate = self._done / (now - self._started)
+            rate = self._done / max(now - self._started, 1e-9)
             eta = (self._total - self._done) / rate if rate else 0.0
             print(
                 f"{human_bytes(self._done)} of {human_bytes(self._total)} read and written, {human_bytes(rate)}/s, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -38,13 +39,15 @@ from remelt_jobs.journal import Journal, Record, read_journal
 from remelt_jobs.lease import STALE_AFTER_SECONDS, Lease, take_lease
 from remelt_jobs.ray_session import ray_session
 from remelt_jobs.study_config import StudyConfig
-from remelt_jobs.study_progress import OnProgress, Phase, StudyProgress, Watch
+from remelt_jobs.study_progress import OnProgress, Phase, StudyProgress, Watch, starting
 from remelt_jobs.study_result import BEST, EVALUATIONS, REPORTS, StudyResult, build_result
 from remelt_jobs.study_state import StudyState, outcome_fields
 from remelt_jobs.study_tables import write_candidate, write_trials_so_far
 from remelt_jobs.trial import Outcome, Work
 
 POLL_SECONDS = 1.0
+MAX_SHARE_OF_WRITING = 0.02
+"""Of the driver's time, for the table of trials so far."""
 RESULT_FILE = "result.json"
 
 
@@ -77,6 +80,7 @@ def run_study(
     if state.is_done and config.budget.is_spent(state.spent(), config.evaluators.gpus):
         return build_result(config, state, output, is_reused=True)
     identity = _plan_ahead(config)
+    progress = progress or (lambda step: None)
     with ExitStack() as stack:
         lease = stack.enter_context(
             take_lease(output, takeover=takeover, stale_after_seconds=stale_after_seconds).kept_alive()
@@ -84,8 +88,9 @@ def run_study(
         journal = stack.enter_context(Journal(output, lease))
         # Started on the spot, a cluster holds all evaluators, and one worker for the winner's merge.
         num_cpus = math.ceil(config.evaluators.count * config.evaluators.nodes * config.evaluators.cpus) + 1
+        progress(starting("connecting to Ray, or starting it on this machine"))
         stack.enter_context(ray_session(num_cpus=max(num_cpus, len(os.sched_getaffinity(0)))))
-        study = _Study(config, output, lease, journal, executor, progress or (lambda step: None))
+        study = _Study(config, output, lease, journal, executor, progress)
         return study.run(identity)
 
 
@@ -153,6 +158,7 @@ class _Study:
         self.on_progress = on_progress
         self.state = StudyState.of(journal.records, *config.scoring)
         self._incumbent_report: EvalReport | None = None
+        self._trials_written_at = self._trials_write_seconds = 0.0
         self._scored_now: set[tuple[Role, int]] = set()
         """What this driver has scored on selection and report items."""
         self.recipe = with_absolute_paths(config.recipe)
@@ -199,6 +205,8 @@ class _Study:
         self._record({"type": "session"})
 
     def _pool(self) -> EvaluatorPool:
+        count = self.config.evaluators.count
+        self.on_progress(starting(f"starting {count} evaluators; the first scores take longer, they load lm-eval"))
         backend = replace(self.config.backend, threads=max(1, int(self.config.evaluators.cpus)))
         return EvaluatorPool(self.config.evaluators, backend, self._scratch_name(), self.lease.fence)
 
@@ -263,7 +271,15 @@ class _Study:
         self._keep_report(candidate, outcome)
         self._record({"type": "finished", "trial": candidate.number, **outcome_fields(outcome)})
         self._keep_incumbent(candidate, outcome)
-        write_trials_so_far(self.reports, self.config, self.state)
+        self._write_trials()
+
+    def _write_trials(self) -> None:
+        """Rewrite the table of trials, unless that would take much of the time: it grows with every trial."""
+        began = time.monotonic()
+        if began - self._trials_written_at >= self._trials_write_seconds / MAX_SHARE_OF_WRITING:
+            write_trials_so_far(self.reports, self.config, self.state)
+            self._trials_written_at = time.monotonic()
+            self._trials_write_seconds = self._trials_written_at - began
 
     def _keep_incumbent(self, candidate: Candidate, outcome: Outcome) -> None:
         """Remember the items of the best trial: what climbs the ladder is compared with it."""

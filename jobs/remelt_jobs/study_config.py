@@ -3,6 +3,7 @@
     recipe: merge.yaml            # or a recipe written here; its ranges are what is searched
     suite: zoo                    # or the path of a suite's YAML
     searcher: cmaes               # or {name: cmaes, sigma: 0.2, population: 8}
+    simplex: scaled               # or softmax: shares that sum to 1 are searched by logarithms, near the start
     objective: macro mean         # or standardised mean, mean rank, worst task, several
     budget: {trials: 60}          # the first to be spent of trials, gpu_hours and wall_hours ends the search
     fidelity: [50, 200]           # score so many items of each eval task first; what is clearly worse stops there
@@ -41,6 +42,8 @@ from remelt_evals.suite import Suite, load_suite
 from remelt_jobs.candidates import starting_candidates
 from remelt_jobs.study_state import Spent
 
+SCALED, SOFTMAX = "scaled", "softmax"
+
 ZOO = "zoo"
 """The suite that comes with remelt."""
 
@@ -48,6 +51,7 @@ _KEYS = [
     "recipe",
     "suite",
     "searcher",
+    "simplex",
     "objective",
     "budget",
     "fidelity",
@@ -111,6 +115,8 @@ class StudyConfig:
     suite: Suite
     searcher: str
     searcher_options: Mapping[str, float | str] = field(default_factory=dict)
+    softmax: bool = False
+    """Whether simplex groups are searched by logarithms; see `SearchSpace`."""
     objective: str = "macro mean"
     """A name in `remelt_evals.objectives.OBJECTIVES`."""
     budget: Budget
@@ -132,7 +138,7 @@ class StudyConfig:
     @property
     def space(self) -> SearchSpace:
         """What the searcher searches: the recipe's variables and simplex groups."""
-        return SearchSpace(self.recipe.variables, self.recipe.constraints.simplex)
+        return SearchSpace(self.recipe.variables, self.recipe.constraints.simplex, self.softmax)
 
     @property
     def scoring(self) -> tuple[Objective, tuple[float, ...]]:
@@ -160,6 +166,8 @@ class StudyConfig:
             "finalists": self.finalists,
             "seed": self.seed,
         }
+        if self.softmax:
+            canonical["simplex"] = SOFTMAX
         if self.fidelity:
             canonical["fidelity"] = list(self.fidelity)
         if self.backend.model is not None:
@@ -193,6 +201,7 @@ def parse_study(document: Mapping[str, Any], *, where: str = "study", folder: Pa
         suite=load_suite(suite_path(top.text("suite"), folder)),
         searcher=searcher.text("name") if searcher else top.text("searcher", "cmaes"),
         searcher_options={key: value for key, value in searcher.values.items() if key != "name"} if searcher else {},
+        softmax=top.choice("simplex", (SCALED, SOFTMAX), SCALED) == SOFTMAX,
         objective=top.choice("objective", OBJECTIVES.keys(), "macro mean"),
         budget=_read_budget(top.section("budget")),
         fidelity=_read_fidelity(top),
@@ -302,6 +311,8 @@ def _check(config: StudyConfig) -> None:
             f"searcher {config.searcher} looks at every entry of the suite by itself: give `objective: several`, not "
             f"{config.objective}"
         )
+    if config.softmax and not config.recipe.constraints.simplex:
+        raise StudyError("simplex: softmax, but the recipe has no `constraints: {simplex: [...]}` to search by it")
     missing = [role for role in ROLES if role not in config.suite.roles]
     if missing:
         raise StudyError(

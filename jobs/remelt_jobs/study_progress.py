@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Phase: TypeAlias = Literal["search", "selection", "publication", "report"]
+Phase: TypeAlias = Literal["start", "search", "selection", "publication", "report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,12 @@ class StudyProgress:
     eta_seconds: float | None
     """Until the end of the phase; None before its first piece of work has finished."""
     last: str
-    """What just happened, in words."""
+    """What just happened, in words; what begins, where the phase is `start`, which counts nothing."""
+
+
+def starting(what: str) -> StudyProgress:
+    """The step that says what is begun before the first piece of work can be."""
+    return StudyProgress("start", 0, 0, None, None, None, what)
 
 
 OnProgress = Callable[[StudyProgress], None]

@@ -37,7 +37,7 @@ class TerminalStudyProgress:
         self._stop()
 
     def __call__(self, step: StudyProgress) -> None:
-        if not sys.stderr.isatty():
+        if step.phase == "start" or not sys.stderr.isatty():
             print(progress_line(step), file=sys.stderr, flush=True)
             return
         if step.phase != self._phase:
@@ -72,6 +72,8 @@ class TerminalStudyProgress:
 
 def progress_line(step: StudyProgress) -> str:
     """One step as a line: how far, what happened, the best so far, and how long it may take yet."""
+    if step.phase == "start":
+        return step.last
     parts = [f"{step.num_done}/{step.num_total} {_PHASES[step.phase]}: {step.last}", _best(step)]
     if step.eta_seconds:
         parts.append(f"ETA {human_seconds(step.eta_seconds)}")

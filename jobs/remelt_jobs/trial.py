@@ -20,7 +20,8 @@ from remelt_evals.backends import BackendOptions
 from remelt_evals.eval_report import EvalReport, EvalRequest, Role
 from remelt_evals.evaluation_cache import evaluate_once
 from remelt_evals.evaluator import Evaluator
-from remelt_evals.evaluator_process import EvaluatorProcess, resident_bytes
+from remelt_evals.evaluator_child import resident_bytes
+from remelt_evals.evaluator_process import EvaluatorProcess
 from remelt_evals.ladder import Estimate, stop_early
 from remelt_jobs.candidates import open_for_evaluation
 from remelt_jobs.lease import fence_name, host_name
@@ -79,7 +80,10 @@ class Outcome:
 
 
 class TrialEvaluator:
-    """Runs one piece of work after another. Its scratch folder holds one candidate at most."""
+    """Runs one piece of work after another. Its scratch folder holds one candidate at most.
+
+    It sets the process's folder for temporary files, so it must have a process to itself.
+    """
 
     def __init__(self, backend: BackendOptions, scratch: str | None, name: str, fence: int, slot: int) -> None:
         """
@@ -91,16 +95,25 @@ class TrialEvaluator:
                 they left is removed.
             slot: No other live evaluator of the driver has it; a successor does, and removes what a killed one left.
         """
-        self._evaluator = _make_evaluator(backend)
         folder = Path(scratch or tempfile.gettempdir()) / f"remelt-{os.getuid()}"
-        self._scratch = folder / f"{name}-{fence_name(fence)}-{slot}"
+        own = folder / f"{name}-{fence_name(fence)}-{slot}"
         for other in folder.glob(f"{name}-*"):
-            if other == self._scratch or other.name < f"{name}-{fence_name(fence)}":
+            if other == own or other.name < f"{name}-{fence_name(fence)}":
                 shutil.rmtree(other, ignore_errors=True)
+        self._scratch, temporary = own / "candidate", own / "tmp"
+        temporary.mkdir(parents=True)
+        # Actors are killed, never closed: what libraries leave must lie where a successor looks.
+        tempfile.tempdir = str(temporary)
+        self._evaluator = _make_evaluator(backend)
 
     def ready(self) -> int:
         """The process id, once it is up."""
         return os.getpid()
+
+    def close(self) -> None:
+        """Remove what lies on disk; for an evaluator without work."""
+        self._evaluator.close()
+        shutil.rmtree(self._scratch.parent, ignore_errors=True)
 
     def run(self, work: Work) -> Outcome:
         """Make and score a candidate. What is wrong with the candidate is an outcome; anything else raises."""
@@ -185,7 +198,7 @@ class TrialEvaluator:
 
         shutil.rmtree(self._scratch, ignore_errors=True)
         executor = LocalExecutor(threads=work.threads, memory_bytes=self._memory_bytes(work))
-        return merge_recipe(recipe, self._scratch / "candidate", executor=executor)
+        return merge_recipe(recipe, self._scratch, executor=executor)
 
     @staticmethod
     def _memory_bytes(work: Work) -> int:

@@ -6,9 +6,11 @@ load. Every other difference is refused with what was found and the rule that wo
 
 from __future__ import annotations
 
+import fnmatch
+import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from remelt.checkpoint import RAW, CheckpointIndex, TensorInfo
@@ -130,7 +132,8 @@ def target_names(parents: Parents) -> Targets:
         else:
             unknown.append(name)
     if unknown:
-        name, place = unknown[0], extra[unknown[0]]
+        place = extra[unknown[0]]
+        name = _pattern(unknown, known.keys() | extra.keys())
         raise MismatchError(
             f"{parents.label(place)} has {len(unknown)} tensors that the base {parents.base_index.source} lacks: "
             f"{_some(unknown)}. Say what becomes of them with a rule: {{match: {{name: {name!r}}}, drop: true}} or "
@@ -221,6 +224,7 @@ def _missing(parents: Parents, name: str, treatment: Treatment, place: int | Non
     absent = [each for each in parents.base_index.tensors if each not in index.tensors] or [name]
     copies = sum(isinstance(rule, CopyRule) for rule in parents.recipe.rules)
     base_name = parents.recipe.checkpoints[parents.layout].name
+    name = _pattern(absent, parents.base_index.tensors)
     return MismatchError(
         f"{parents.label(place)} lacks {len(absent)} tensors that {parents.base_index.source} has: {_some(absent)}"
         + (" (a copy rule asks for one)" if copies and isinstance(treatment, Copy) else "")
@@ -266,6 +270,15 @@ def _check_dtypes(
         f"{found}. They cannot be mixed: convert one parent, or copy the tensor by a rule: "
         f"{{match: {{name: {name!r}}}, copy: {parents.recipe.checkpoints[parents.layout].name}}}"
     )
+
+
+def _pattern(names: Sequence[str], everything: Iterable[str]) -> str:
+    """A glob for a rule: one that matches `names` and nothing else, or the first name where that is none."""
+    start = os.path.commonprefix(names)  # noqa: RUF071 (characters are meant)
+    end = os.path.commonprefix([name[len(start) :][::-1] for name in names])[::-1]  # noqa: RUF071
+    pattern = f"{start}*{end}"
+    matched = set(fnmatch.filter(everything, pattern))
+    return pattern if len(names) > 1 and matched == set(names) else names[0]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -102,10 +102,10 @@ def _fetch_snapshot(source: str, cache_dir: str | None, local_files_only: bool) 
             ignore_patterns=list(IGNORED_FILES),
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split()).partition(". ")[0][:160]
         raise CheckpointError(
-            f"checkpoint {source} does not exist here, and the Hub did not give it ({type(error).__name__}: {reason}); "
-            "if a local folder is meant, check the path (write it with ./ or / to keep off the network); if the Hub is "
-            "meant, check name, revision and network, and log in with `hf auth login` where it is gated"
+            f"checkpoint {source} does not exist here, and the Hub did not give it ({type(error).__name__}: {reason}). "
+            "A local folder: check the path, and write it with ./ or / to keep off the network. The Hub: check name, "
+            "revision and network; for a gated one, `hf auth login`"
         ) from error
     return Path(folder)

@@ -546,7 +546,7 @@ def refuse_nonfinite(parents: Sequence[tuple[int, TensorRecord]], settings: RunS
         shown = "; ".join(found[:10]) + (f"; and {len(found) - 10} more" if len(found) > 10 else "")
         raise NonFiniteError(
             f"NaN or Inf in a parent: {shown}. Nothing is published. Repair the checkpoint, leave the tensor out by a "
-            f"rule, or allow it with `allow_nonfinite: true` in the recipe"
+            f"rule, or allow it: `allow_nonfinite: true` in the recipe, `--allow-nonfinite` on the command line"
         )
 
 
@@ -556,5 +556,5 @@ def _refuse_nonfinite_outputs(counts: dict[str, int]) -> None:
         raise NonFiniteError(
             f"the merge of finite parents has NaN or Inf in {len(counts)} tensors, such as {name} ({count} values): "
             "the output dtype is too narrow or a coefficient too large. Nothing is published. Write a wider "
-            "`out_dtype`, or allow it with `allow_nonfinite: true` in the recipe"
+            "`out_dtype`, or allow it: `allow_nonfinite: true` in the recipe, `--allow-nonfinite` on the command line"
         )

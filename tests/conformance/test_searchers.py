@@ -50,6 +50,7 @@ SPACES = {
     "simplex": SIMPLEX,
     "narrow": NARROW,
     "layers": LAYERS,
+    "softmax": replace(NARROW, softmax=True),
     "single": SearchSpace((Variable("t", 0.0, 1.0, 0.5),)),
     "sixteen": simplex(16),
     "sixteen free": SearchSpace(tuple(Variable(f"w{k}", -1.0, 1.0, 0.1) for k in range(16))),
@@ -65,7 +66,7 @@ OPTIONS: dict[str, dict[str, float]] = {
 }
 """Smaller than the defaults, so that short studies come to what an algorithm does when it has learned something."""
 
-REFUSED = {("grid", "sixteen free"), ("greedy_soup", "narrow")}
+REFUSED = {("grid", "sixteen free"), ("greedy_soup", "narrow"), ("greedy_soup", "softmax")}
 """Spaces that a searcher refuses though it has what it needs; for each a test below or of its own says the words."""
 
 LONGEST = {"gp": 4, "map": 11}

@@ -258,6 +258,30 @@ def test_generated_text_is_scored_by_the_named_filter(dummy: Evaluator, make_sui
     assert task.samples[0].loglik == ()
 
 
+def test_code_of_the_model_runs_only_where_the_suite_allows_it_by_name(
+    dummy: Evaluator, make_suite: Callable[..., Path]
+) -> None:
+    path = make_suite()
+    (path.parent / "tasks" / "run.py").write_text(
+        "def runs(references, predictions):\n    return float(eval(predictions[0]) >= 0)\n"
+    )
+    (path.parent / "tasks" / "program.yaml").write_text(
+        "task: program\ndataset_path: json\ndataset_kwargs: {data_files: {test: words_search.jsonl}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '0'\n"
+        "unsafe_code: true\ngeneration_kwargs: {until: ['x'], max_gen_toks: 4}\n"
+        "metric_list:\n  - {metric: !function run.runs, aggregation: mean, higher_is_better: true}\n"
+    )
+    path.write_text("name: code\ntasks_dir: tasks\ntasks:\n  - {ability: python, metric: runs, search: program}\n")
+    with pytest.raises(EvaluationError, match=r"task program runs code .* execute_code: \[program\]"):
+        dummy.evaluate(request("x", path))
+    path.write_text(path.read_text() + "execute_code: [program]\n")
+    (task,) = dummy.evaluate(request("x", path)).tasks
+    assert task.value == 1.0
+    path.write_text(path.read_text().replace("[program]", "[programs]"))
+    with pytest.raises(EvaluationError, match=r"no lm-eval task 'programs'.*program"):
+        dummy.evaluate(request("x", path))
+
+
 def test_the_evaluation_id_follows_what_decides_the_numbers_and_not_where_it_runs(suite_path: Path) -> None:
     asked = request("x", suite_path)
     plain = Evaluator(HF).evaluation_id(asked)

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 from remelt.errors import EvaluationError
 from remelt_evals.backends import BackendOptions
 from remelt_evals.eval_report import EvalRequest
+from remelt_evals.evaluator_child import read_message, write_message
 from remelt_evals.evaluator_process import EvaluatorProcess
 
 DUMMY = BackendOptions(name="dummy")
@@ -144,7 +146,30 @@ def test_a_child_that_cannot_start_says_why(tmp_path: Path) -> None:
         EvaluatorProcess(BackendOptions(name="vlm")).start()
 
 
-def test_no_child_outlives_its_driver() -> None:
+def test_what_a_child_puts_on_disk_goes_with_it(
+    suite_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with EvaluatorProcess(DUMMY) as process:
+        process.evaluate(request(suite_path))
+        (folder,) = tmp_path.iterdir()
+        assert any(folder.iterdir()), "libraries of the child put their files there"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_end_is_noticed_though_something_holds_the_pipe() -> None:
+    reading, writing = os.pipe()
+    try:
+        write_message(writing, {"kind": "last words"})
+        assert read_message(reading, is_alive=lambda: False) == {"kind": "last words"}
+        with pytest.raises(EOFError):
+            read_message(reading, is_alive=lambda: False)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_no_child_outlives_its_driver(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
         "from remelt_evals.evaluator_process import EvaluatorProcess\n"
@@ -155,9 +180,13 @@ def test_no_child_outlives_its_driver() -> None:
         "os.kill(os.getpid(), 9)\n"
     )
     driver = subprocess.run(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, env=driver_environment()
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        check=False,
+        env={**driver_environment(), "TMPDIR": str(tmp_path)},
     )
     assert wait_until_dead(int(driver.stdout))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_driver_never_imports_lm_eval(suite_path: Path) -> None:

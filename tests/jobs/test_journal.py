@@ -88,6 +88,20 @@ def test_damage_before_the_end_is_refused_with_its_place(tmp_path: Path) -> None
         read_journal(tmp_path)
 
 
+def test_a_segment_whose_first_record_is_no_opening_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, RECORDS)
+    for first in (b'{"type": "opened"}', b"[]", b'{"type": "asked"}'):
+        path.write_bytes(first + b"\n" + path.read_bytes().partition(b"\n")[2])
+        with pytest.raises(StudyError, match=r"00000001.jsonl is damaged at byte 0"):
+            read_journal(tmp_path)
+
+
+def test_files_that_are_no_segments_are_left_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, RECORDS)
+    (path.parent / "00000001 (copy).jsonl").write_bytes(b"x")
+    assert read_journal(tmp_path) == RECORDS
+
+
 def test_a_driver_whose_lease_was_taken_stops_before_it_writes(tmp_path: Path) -> None:
     with Journal(tmp_path, take_lease(tmp_path)) as old:
         old.append(RECORDS[0])

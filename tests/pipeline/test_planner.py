@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,23 @@ def test_a_tensor_missing_in_a_parent_is_refused_with_the_rule_that_would_settle
         plan_of(make_recipe(bad, "ties"))
     rule = {"match": {"name": "model.layers.1.mlp.up_proj.weight"}, "copy": "base"}
     plan_of(make_recipe(bad, "ties", rules=[rule]))
+
+
+def test_many_missing_tensors_are_named_by_one_pattern_where_it_matches_nothing_else(
+    pool: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = parent_tensors(1)
+    absent = [name for name in tensors if name.endswith(".mlp.up_proj.weight")]
+    assert len(absent) > 1
+    bad = {
+        **pool,
+        "p1": changed_parent(tmp_path / "bad", {name: each for name, each in tensors.items() if name not in absent}),
+    }
+    with pytest.raises(MismatchError) as refusal:
+        plan_of(make_recipe(bad, "ties"))
+    (pattern,) = set(re.findall(r"name: '([^']*)'", str(refusal.value)))
+    assert pattern == "model.layers.*.mlp.up_proj.weight"
+    plan_of(make_recipe(bad, "ties", rules=[{"match": {"name": pattern}, "copy": "base"}]))
 
 
 def test_a_tensor_only_in_a_parent_is_refused_unless_a_rule_speaks_of_it(pool: dict[str, Path], tmp_path: Path) -> None:

@@ -58,6 +58,20 @@ def test_scaling_keeps_the_ratios_of_shares_that_need_no_clipping() -> None:
     assert values == pytest.approx({"w0": 0.25, "w1": 0.5, "w2": 0.125, "w3": 0.125}, abs=1e-15)
 
 
+def test_a_softmax_searches_logits_around_the_start() -> None:
+    space = SearchSpace(FOUR.variables, FOUR.simplex, softmax=True)
+    logits = np.array([0.3, -1.2, 1.4, 0.0])
+    shares = np.exp(logits) / np.exp(logits).sum()
+    point = space.point_at((logits + 1.5) / 3)
+    assert list(space.values(point).values()) == pytest.approx(shares.tolist(), abs=1e-12)
+    assert space.unit_of(point) == pytest.approx((logits + 1.5) / 3, abs=1e-12)
+    assert space.values(space.point_at([0.5] * 4)) == pytest.approx(dict.fromkeys(point, 0.25))
+    # Values far apart are met as nearly as the box allows, and a share of zero by its edge.
+    nearest = space.nearest_point({"w0": 0.7, "w1": 0.3, "w2": 0.0, "w3": 0.0})
+    assert nearest is not None
+    assert all(0 <= place <= 1 for place in space.unit_of(nearest))
+
+
 def test_the_start_of_a_simplex_is_its_inits_in_the_middle_of_the_box() -> None:
     start = {variable.name: variable.init for variable in FOUR.box}
     assert start == pytest.approx(dict.fromkeys(start, 0.505))
@@ -98,7 +112,7 @@ def test_cmaes_replays_to_the_state_of_an_optimiser_that_was_never_rebuilt() -> 
     searcher = CmaEs(FOUR, 3)
     live = CMA(mean=searcher._start.copy(), sigma=1 / 6, bounds=np.tile([0.0, 1.0], (4, 1)), population_size=8, seed=0)
     for k in range(0, 16, 8):
-        live.tell([(searcher._unit(t.point), -t.score) for t in trials[k : k + 8] if t.score is not None])
+        live.tell([(FOUR.unit_of(t.point), -t.score) for t in trials[k : k + 8] if t.score is not None])
     rebuilt = searcher._replay(trials)
     assert rebuilt.generation == 2
     assert np.array_equal(rebuilt.mean, live.mean)

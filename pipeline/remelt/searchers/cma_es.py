@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from remelt.errors import RecipeError
 from remelt.searchers.random_search import short_seed
@@ -67,9 +66,7 @@ class CmaEs:
         self.seed = seed
         self.sigma = sigma
         self.population = int(population or 4 + math.floor(3 * math.log(len(space.variables))))
-        self._lows = np.array([variable.low for variable in space.box])
-        self._ranges = np.array([variable.high - variable.low for variable in space.box])
-        self._start = (np.array([variable.init for variable in space.box]) - self._lows) / self._ranges
+        self._start = space.unit_of({variable.name: variable.init for variable in space.box})
         self._told = Replay(lambda: _Told(self._begin(), Generations(self.population)), self._tell)
 
     def ask(self, number: int, seen: Sequence[Trial]) -> Mapping[str, float]:
@@ -86,7 +83,9 @@ class CmaEs:
     def _tell(self, state: _Told, trial: Trial) -> None:
         members = state.generations.tell(trial)
         if members:
-            state.optimiser.tell([(self._unit(one.point), -one.score) for one in members if one.score is not None])
+            state.optimiser.tell(
+                [(self.space.unit_of(one.point), -one.score) for one in members if one.score is not None]
+            )
             if state.optimiser.should_stop():  # converged, or a plateau: begin again rather than repeat one point
                 state.optimiser = self._begin()
 
@@ -96,8 +95,3 @@ class CmaEs:
 
         bounds = np.tile([0.0, 1.0], (len(self._start), 1))
         return CMA(mean=self._start.copy(), sigma=self.sigma, bounds=bounds, population_size=self.population, seed=0)
-
-    def _unit(self, point: Mapping[str, float]) -> NDArray[np.float64]:
-        x = np.array([point[variable.name] for variable in self.space.box])
-        unit: NDArray[np.float64] = (x - self._lows) / self._ranges
-        return unit

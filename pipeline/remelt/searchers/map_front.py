@@ -117,9 +117,8 @@ class MapFront:
     def _free_of(self, points_PV: NDArray[np.float64]) -> NDArray[np.float64]:
         """The free variables, scaled, that points of the unit cube stand for: `SearchSpace.values` for many at once."""
         places = {variable.name: place for place, variable in enumerate(self.space.box)}
-        lows, highs = _bounds(self.space.box)
         declared_lows, declared_highs = _bounds(self.space.variables)
-        values_PV = lows + points_PV * (highs - lows)
+        values_PV = self.space.at(points_PV)
         for group in self.space.simplex:
             members = [places[name] for name in group]
             values_PV[:, members] /= values_PV[:, members].sum(axis=1, keepdims=True)
@@ -137,10 +136,10 @@ class MapFront:
     def _scaled(self, values: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
         return self._unit_free(np.array([[each[variable.name] for variable in self._free] for each in values]))
 
-    def _unit(self, values: Mapping[str, float]) -> list[float]:
+    def _unit(self, values: Mapping[str, float]) -> NDArray[np.float64]:
         point = self.space.nearest_point(values)
         assert point is not None
-        return [(point[variable.name] - variable.low) / (variable.high - variable.low) for variable in self.space.box]
+        return self.space.unit_of(point)
 
 
 def _bounds(variables: Sequence[Variable]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -119,7 +119,7 @@ def quiet_optuna() -> Iterator[None]:
 
 def _distributions(space: SearchSpace) -> dict[str, Any]:
     shared = _shared_distribution()
-    return {variable.name: shared(variable.low, variable.high) for variable in space.box}
+    return {variable.name: shared(variable.low, variable.high, space.is_log(variable.name)) for variable in space.box}
 
 
 @functools.cache

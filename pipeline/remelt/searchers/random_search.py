@@ -41,7 +41,7 @@ def short_seed(*key: int) -> int:
 
 def uniform_point(space: SearchSpace, draws: np.random.Generator) -> dict[str, float]:
     """A uniform draw of the box."""
-    return {variable.name: float(draws.uniform(variable.low, variable.high)) for variable in space.box}
+    return space.point_at(draws.random(len(space.box)))
 
 
 def distinct_point(

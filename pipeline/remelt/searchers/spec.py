@@ -10,6 +10,7 @@ about simplex groups may leave the box: shares that sum to one inside their decl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,6 +24,9 @@ from remelt.recipe import Variable
 
 SMALLEST_SHARE = 0.01
 """Lower end of a simplex variable's search range, in units of its upper end: shares stay positive, so their sum too."""
+
+SOFTMAX_WIDTH = 1.5
+"""Of a softmax's box: logits lie within so much of the start's. Wider boxes lost much on noisy quadratics."""
 
 SUM_TOLERANCE = 1e-9
 """How far the declared bounds of a simplex group may miss a sum of one, for decimal fractions such as three 1/3."""
@@ -98,6 +102,10 @@ class SearchSpace:
 
     A group is searched in a positive box and scaled by one factor (reference comparisons on noisy quadratics put this
     ahead of softmax, Dirichlet and stick-breaking maps for few variables). The factor is the one redundant direction.
+    With `softmax`, the box is around the start and its coordinates are logits, which are the shares' logarithms: so it
+    was ahead for eight variables and more. No share then leaves the start by more than a factor of exp(3). A point
+    holds shares either way, and means the same in both.
+
     Where the scaled values would leave their declared intervals, they are clipped and the factor grows or shrinks
     until they sum to one again.
 
@@ -107,6 +115,8 @@ class SearchSpace:
 
     variables: tuple[Variable, ...]
     simplex: tuple[tuple[str, ...], ...] = ()
+    softmax: bool = False
+    """Whether simplex groups are searched by their logarithms, in a tight box around the start."""
     box: tuple[Variable, ...] = field(init=False)
     """The variables with the intervals and starts that a searcher works in; in the order of `variables`."""
 
@@ -124,7 +134,7 @@ class SearchSpace:
                 )
         boxes = dict(by_name)
         for group in self.simplex:
-            boxes.update(_group_box(group, by_name))
+            boxes.update(_group_box(group, by_name, softmax=self.softmax))
         object.__setattr__(self, "box", tuple(boxes[variable.name] for variable in self.variables))
 
     def values(self, point: Mapping[str, float]) -> dict[str, float]:
@@ -138,13 +148,35 @@ class SearchSpace:
             values.update(_scale(group, values, intervals))
         return values
 
+    def is_log(self, name: str) -> bool:
+        """Whether a variable's coordinate of the box is a logarithm."""
+        return self.softmax and any(name in group for group in self.simplex)
+
+    def at(self, unit_PV: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The points of the box at places of the unit cube, a row for each, a column for each variable."""
+        columns = [self._line(variable)[0](unit_PV[:, place]) for place, variable in enumerate(self.box)]
+        return np.stack(columns, axis=1)
+
     def point_at(self, unit: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
         """The point of the box at a place of the unit cube, one coordinate for each variable."""
-        point = {}
-        for variable, u in zip(self.box, unit, strict=True):
-            value = variable.low + float(u) * (variable.high - variable.low)
-            point[variable.name] = min(max(value, variable.low), variable.high)
-        return point
+        (point,) = self.at(np.asarray(unit, np.float64)[None]).tolist()
+        return {variable.name: value for variable, value in zip(self.box, point, strict=True)}
+
+    def unit_of(self, point: Mapping[str, float]) -> NDArray[np.float64]:
+        """The place of a point in the unit cube; outside of it where the point leaves the box."""
+        return np.array([self._line(variable)[1](point[variable.name]) for variable in self.box])
+
+    def _line(self, variable: Variable) -> tuple[Callable[[Any], Any], Callable[[float], float]]:
+        """From a coordinate of the unit cube to the variable's value, and back."""
+        low, high = variable.low, variable.high
+        if not self.is_log(variable.name):
+            return lambda u: np.clip(low + u * (high - low), low, high), lambda value: (value - low) / (high - low)
+        width = math.log(high / low)
+        # A parent that a point leaves out has no logarithm: the box's edge stands for it.
+        return (
+            lambda u: np.clip(low * np.exp(u * width), low, high),
+            lambda value: math.log(max(value, low) / low) / width,
+        )
 
     def nearest_point(self, values: Mapping[str, float]) -> dict[str, float] | None:
         """The point of the box that comes nearest to standing for `values`; None where a variable has no value.
@@ -165,10 +197,11 @@ class SearchSpace:
         return {name: min(max(shares[name], variable.low), variable.high) for name, variable in boxes.items()}
 
 
-def _group_box(group: tuple[str, ...], by_name: Mapping[str, Variable]) -> dict[str, Variable]:
+def _group_box(group: tuple[str, ...], by_name: Mapping[str, Variable], *, softmax: bool) -> dict[str, Variable]:
     """Positive search intervals for a simplex group, its starts scaled to lie around the middle of their box.
 
-    The scale is free, so the start goes where normal draws are cut least by the bounds.
+    The scale is free, so the start goes where normal draws are cut least by the bounds. With `softmax` the start is the
+    middle of each interval's logarithms.
     """
     members = [by_name[name] for name in group if name in by_name]
     if len(members) != len(group):
@@ -176,6 +209,10 @@ def _group_box(group: tuple[str, ...], by_name: Mapping[str, Variable]) -> dict[
     low, high = sum(max(0.0, member.low) for member in members), sum(member.high for member in members)
     if low > 1 + SUM_TOLERANCE or high < 1 - SUM_TOLERANCE or any(member.high <= 0 for member in members):
         raise RecipeError(f"simplex {list(group)} cannot sum to 1: its intervals sum to [{low:g}, {high:g}]")
+    if softmax:
+        shares = {member.name: max(member.init, SMALLEST_SHARE * member.high) for member in members}
+        reach = math.exp(SOFTMAX_WIDTH)
+        return {name: Variable(name, share / reach, share * reach, share) for name, share in shares.items()}
     lows = [max(member.low, SMALLEST_SHARE * member.high) for member in members]
     starts = [max(member.init, 0.0) for member in members]
     scale = _middle_scale([(a, member.high, start) for a, member, start in zip(lows, members, starts, strict=True)])
