@@ -11,11 +11,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(INSTALLED)
 	$(BIN)/remelt demo --output ./remelt-demo
 
+# Two processes, one of them for all that needs a Ray cluster.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(PYTEST) tests -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check pipeline evals jobs tests benchmarks

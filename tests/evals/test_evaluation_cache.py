@@ -34,6 +34,7 @@ def counting() -> Counting:
     return Counting()
 
 
+@pytest.mark.slow
 def test_the_second_time_it_is_taken_from_the_cache(counting: Counting, suite_path: Path, tmp_path: Path) -> None:
     request = EvalRequest(checkpoint="-", digest="one", suite=str(suite_path), role="search")
     first = evaluate_once(counting, request, tmp_path)

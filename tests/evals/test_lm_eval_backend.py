@@ -54,6 +54,7 @@ def second_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_an_interpreter_of_another_environment_evaluates(
     checkpoints: dict[str, Path], suite_path: Path, by_hf: EvalReport, second_environment: Path
 ) -> None:

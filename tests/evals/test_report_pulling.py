@@ -107,6 +107,7 @@ def test_a_source_that_cannot_be_used_is_refused(source: str, message: str, tmp_
     assert not (tmp_path / "here").exists()
 
 
+@pytest.mark.slow
 def test_a_bucket_is_read_through_s3(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

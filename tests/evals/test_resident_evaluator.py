@@ -55,6 +55,7 @@ def evaluator() -> Iterator[Evaluator]:
     evaluator.close()
 
 
+@pytest.mark.slow
 def test_scores_and_ids_are_those_of_a_merge_on_disk(
     evaluator: Evaluator, checkpoints: dict[str, Path], suite_path: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_other_backends_say_that_candidates_go_by_disk(checkpoints: dict[str, Pa
     dummy.close()
 
 
+@pytest.mark.slow
 def test_an_evaluator_process_holds_candidates_too(
     evaluator: Evaluator, checkpoints: dict[str, Path], suite_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_roles_share_no_item(name: str) -> None:
                 assert 0 <= item["label"] < 4
 
 
+@pytest.mark.slow
 @needs_scripts
 @pytest.mark.parametrize("ability", ["prose", "python"])
 def test_no_item_of_text_occurs_in_the_training_text(ability: str, corpus: ModuleType) -> None:

@@ -63,6 +63,7 @@ def test_work_survives_its_evaluator_and_a_wrong_checkpoint_is_its_own_failure(
         assert pool.num_running == 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_work_that_kills_every_evaluator_becomes_a_failure(
     cluster: str, parents: dict[str, Path], suite_file: Path
@@ -79,6 +80,7 @@ def test_work_that_kills_every_evaluator_becomes_a_failure(
         assert f"lost {MAX_LOSSES + 1} times" in str(outcomes["a"].failure)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_work_past_its_time_is_a_failure_and_the_next_gets_a_new_evaluator(
     cluster: str, parents: dict[str, Path], suite_file: Path
@@ -102,6 +104,7 @@ def test_evaluators_that_the_cluster_cannot_hold_are_refused_with_both_numbers(c
             pool.wait(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_evaluator_that_cannot_start_is_named(cluster: str) -> None:
     with (

@@ -41,6 +41,7 @@ def remelt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return Command(capsys, monkeypatch)
 
 
+@pytest.mark.slow
 def test_an_error_of_ours_in_a_worker_is_the_commands_own(
     cluster: str, parents: dict[str, Path], remelt: Command, tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def kill_writers(output: Path, stop: threading.Event, killed: list[int]) -> None
                 killed.append(pid)
 
 
+@pytest.mark.slow
 def test_a_unit_that_kills_its_workers_is_named_and_the_merge_resumes(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

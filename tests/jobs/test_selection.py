@@ -120,6 +120,7 @@ def test_a_finished_selection_says_so_and_measures_nothing(texts: Path, finished
     assert sorted((finished / "journal").glob("*"))[0].read_text() == before
 
 
+@pytest.mark.slow
 def test_a_killed_selection_goes_on_to_the_same_end(
     texts: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_killed_selection_goes_on_to_the_same_end(
     assert len(calls) == 1 + expected["num_gradients"] + expected["num_losses"]
 
 
+@pytest.mark.slow
 def test_more_iterations_go_on_from_where_it_ended(texts: Path, tmp_path: Path) -> None:
     short = run_selection(make_config(texts, steps={"iterations": 1}), tmp_path / "out")
     longer = run_selection(make_config(texts, steps={"iterations": 3}), tmp_path / "out")
@@ -151,6 +153,7 @@ def test_more_iterations_go_on_from_where_it_ended(texts: Path, tmp_path: Path) 
     assert len(longer.rows) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("granularity", "changes"),
     [

@@ -32,6 +32,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_study_in_the_middle_and_at_its_end(
     cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path: Path

@@ -224,6 +224,7 @@ def test_another_study_on_the_same_output_is_refused_by_what_differs(
         run_study(other, study.result.output)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_study_with_a_larger_budget_goes_on(study: Finished, parents: dict[str, Path], suite_file: Path) -> None:
     document = make_document(parents, suite_file, budget={"trials": NUM_TRIALS + 2})
@@ -234,6 +235,7 @@ def test_a_study_with_a_larger_budget_goes_on(study: Finished, parents: dict[str
     assert sum(record["type"] == "finished" for record in records) == NUM_TRIALS + 2
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_failed_trials_are_recorded_and_the_study_goes_on(cluster: str, suite_file: Path, tmp_path: Path) -> None:
     parents = write_pool(tmp_path / "parents", 2)

@@ -29,6 +29,7 @@ def by_type(records: list[Record], kind: str) -> list[Record]:
     return [record for record in records if record["type"] == kind]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_what_is_clearly_worse_on_the_first_items_stops_there(
     cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path: Path
@@ -55,6 +56,7 @@ def test_what_is_clearly_worse_on_the_first_items_stops_there(
         assert record["score"] < best
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_stopped_trial_was_worse_than_the_best_of_its_moment(
     cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path: Path
@@ -87,6 +89,7 @@ def test_a_stopped_trial_was_worse_than_the_best_of_its_moment(
     assert decided == 12
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_evaluation_in_the_cache_is_not_done_again(
     cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path: Path
@@ -99,6 +102,7 @@ def test_an_evaluation_in_the_cache_is_not_done_again(
     assert second.rows[0] == first.rows[0]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["mean rank", "standardised mean", "worst task", "several"])
 def test_every_objective_carries_a_study_to_its_end(
@@ -123,6 +127,7 @@ def test_every_objective_carries_a_study_to_its_end(
         assert all(len(trial.objectives) == 2 for trial in state.seen)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_wall_budget_ends_the_search_but_not_the_starts(
     cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path: Path
