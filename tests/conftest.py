@@ -10,5 +10,6 @@ import pytest
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        fixtures: list[str] = getattr(item, "fixturenames", [])
+        group = "ray" if item.get_closest_marker("ray") or "cluster" in fixtures else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))

@@ -110,7 +110,7 @@ def test_no_tensor_passes_through_the_object_store(
     assert len(plan.units) == 6 and len(passed) >= 2 + 2 * len(plan.units)
     assert max(passed) < 20_000 and sum(passed) < 200_000
     assert merged.num_bytes > 24_000_000
-    summary = memory_summary(stats_only=True)
+    summary = memory_summary(address=ray.get_runtime_context().gcs_address, stats_only=True)
     consumed = re.search(r"Objects consumed by Ray tasks: (\d+) MiB", summary)
     assert re.search(r"Plasma memory usage 0 MiB", summary)
     assert consumed is None or int(consumed[1]) < 1

@@ -180,7 +180,7 @@ def test_progress_counts_trials_and_names_the_best(study: Finished) -> None:
     assert search[-1].eta_seconds == 0
     state = StudyState.of(study.records)
     assert search[-1].best_score == state.score(state.ranking[0])
-    assert {step.phase for step in study.steps} == {"search", "selection", "publication", "report"}
+    assert {step.phase for step in study.steps} == {"start", "search", "selection", "publication", "report"}
 
 
 @pytest.mark.ray
