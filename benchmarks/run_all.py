@@ -1,4 +1,4 @@
-"""Run every benchmark in turn and leave their tables in this folder: what `make bench` calls; an hour and a half.
+"""Run every benchmark in turn and leave their tables in this folder: what `make bench` calls; two hours and a half.
 
     python benchmarks/run_all.py [--scratch DIR] [--skip vs_mergekit ...]
 
@@ -25,9 +25,12 @@ SCRIPTS: dict[str, list[str]] = {
     "generation": [],
     "searcher_scale": [],
     "frank_wolfe": [],
+    "idle_evaluators": [],
+    "sample_efficiency": [],
+    "recycling": [],
     "zoo_search": ["--seeds", "5"],
 }
-TAKES_SCRATCH = SCRIPTS.keys() - {"zoo_search"}
+TAKES_SCRATCH = SCRIPTS.keys() - {"idle_evaluators", "sample_efficiency", "recycling", "zoo_search"}
 
 
 def main() -> int:

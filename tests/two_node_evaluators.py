@@ -34,7 +34,7 @@ def main(checkpoint: str, suite: str) -> None:
         deadline = time.monotonic() + 120
         while not pool.has_room and time.monotonic() < deadline:
             pool.wait(1.0)
-        pool.submit("a", work)
+        pool.submit({"a": work})
         outcomes = {}
         while not outcomes and time.monotonic() < deadline:
             outcomes = pool.wait(1.0)

@@ -56,11 +56,12 @@ class HeldCandidate(NamedTuple):
     """A candidate that an evaluator has in its memory."""
 
     checkpoint: str
-    """For requests, in the place of a folder; good until the evaluator holds another candidate or loads a folder."""
+    """For requests, in the place of a folder; good until the evaluator holds other candidates or loads a folder."""
     digest: str
     """As a merge to disk has it."""
     candidate_id: str
     seconds: float
+    """For the merge of all that were merged with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

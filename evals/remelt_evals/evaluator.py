@@ -12,7 +12,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,48 +62,52 @@ class Evaluator:
         self._offline: bool | None = None
         self._overlap_notes: dict[str, tuple[str, ...]] = {}
         self._residents: ResidentCandidates | None = None
-        self._held: tuple[HeldCandidate, ResidentCandidate] | None = None
+        self._held: dict[tuple[str, str], ResidentCandidate] = {}
+        """By name and digest."""
 
     def evaluation_id(self, request: EvalRequest) -> str:
         """The id that `evaluate` will put on its report; reads the suite, loads no model."""
         return evaluation_id(request, self._read_suite(request).digest, self._identity)
 
     def hold(
-        self, recipe: Recipe, suite: str, *, memory_bytes: int | None = None, threads: int = 1
-    ) -> HeldCandidate | str:
-        """Merge a candidate straight into the parameters of a model that stays in memory; then `evaluate` can score it.
+        self, recipes: Sequence[Recipe], suite: str, *, memory_bytes: int | None = None, threads: int = 1
+    ) -> list[HeldCandidate] | str:
+        """Merge candidates straight into the parameters of models that stay in memory; then `evaluate` can score them.
+
+        All of them are merged in one read of the parents. Each takes a model of its own; those held before are gone.
 
         Args:
-            recipe: bound, its paths absolute; candidates of one study differ in coefficients alone.
+            recipes: bound, their paths absolute; candidates of one study differ in coefficients alone.
             suite: path of the suite that will score it: whether its items lie on disk decides how libraries start.
             memory_bytes: what a merge may hold beside the model, parents kept in memory included; half of the
                 machine's by default. With `threads`, the number that work on it, it holds from the first call on.
 
         Returns:
-            What to ask for in `EvalRequest.checkpoint` and `digest`; or in words why such candidates must go by disk.
+            For each, what to ask for in `EvalRequest.checkpoint` and `digest`; or in words why such candidates must go
+            by disk.
 
         Raises:
-            RemeltError: as a merge to disk, or where the candidate does not load; nothing is held then.
+            RemeltError: as a merge to disk, or where a candidate does not load; nothing is held then.
         """
         from remelt_evals.resident import ResidentCandidates
 
         if self.options.name != "hf":
             return f"the {self.options.name} backend loads folders"
-        self._held = None
+        self._held = {}
         self._prepare(load_suite(suite))
         if self._residents is None:
             self._residents = ResidentCandidates(
                 self.options, memory_bytes=memory_bytes, threads=threads, scratch=Path(self._folder.name)
             )
-        merged = self._residents.merge([recipe])
+        merged = self._residents.merge(recipes)
         if isinstance(merged, str):
             return merged
-        (candidate,) = merged
-        held = HeldCandidate(
-            IN_MEMORY + candidate.candidate_id, candidate.digest, candidate.candidate_id, candidate.seconds
-        )
-        self._held = held, candidate
-        return held
+        names = [IN_MEMORY + one.candidate_id for one in merged]
+        self._held = {(name, one.digest): one for name, one in zip(names, merged, strict=True)}
+        return [
+            HeldCandidate(name, one.digest, one.candidate_id, one.seconds)
+            for name, one in zip(names, merged, strict=True)
+        ]
 
     def evaluate(self, request: EvalRequest) -> EvalReport:
         """Score a checkpoint on the items of one role.
@@ -149,7 +153,7 @@ class Evaluator:
 
     def close(self) -> None:
         """Let go of what is in memory, and remove the evaluator's temporary files."""
-        self._held = None
+        self._held = {}
         if self._residents is not None:
             self._residents.close()
         self._folder.cleanup()
@@ -159,22 +163,21 @@ class Evaluator:
             if self._backend.needs_checkpoint and not (Path(request.checkpoint) / "config.json").is_file():
                 raise EvaluationError(f"{request.checkpoint} is no checkpoint folder: it holds no config.json")
             return
-        held = None if self._held is None else self._held[0]
-        if held is None or (held.checkpoint, held.digest) != (request.checkpoint, request.digest):
-            there = "nothing" if held is None else f"{held.checkpoint} with digest {held.digest[:12]}"
+        if (request.checkpoint, request.digest) not in self._held:
+            there = ", ".join(f"{name} with digest {digest[:12]}" for name, digest in self._held) or "nothing"
             raise EvaluationError(
                 f"{request.checkpoint} with digest {request.digest[:12]} is not in this evaluator's memory, which "
                 f"holds {there}: merge it again"
             )
 
     def _load(self, request: EvalRequest, batch_size: int) -> LoadedModel:
-        if self._held is not None and request.checkpoint.startswith(IN_MEMORY):
+        if request.checkpoint.startswith(IN_MEMORY):
             from remelt_evals.hf_backend import wrap
 
-            _, candidate = self._held
+            candidate = self._held[request.checkpoint, request.digest]
             return wrap(candidate.model, candidate.tokenizer, batch_size)
-        # Two models at once might not fit.
-        self._held = None
+        # One model more might not fit.
+        self._held = {}
         if self._residents is not None:
             self._residents.forget_models()
             gc.collect()

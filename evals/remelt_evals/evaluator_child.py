@@ -122,9 +122,11 @@ def _serve(requests: int, responses: int, options: BackendOptions) -> None:
 def _hold(evaluator: Evaluator, message: Mapping[str, Any]) -> dict[str, Any]:
     from remelt.recipe_yaml import parse_recipe
 
-    recipe = parse_recipe(message["recipe"])
-    held = evaluator.hold(recipe, message["suite"], memory_bytes=message["memory_bytes"], threads=message["threads"])
-    return {"kind": "not held", "reason": held} if isinstance(held, str) else {"kind": "held", "held": held._asdict()}
+    recipes = [parse_recipe(recipe) for recipe in message["recipes"]]
+    held = evaluator.hold(recipes, message["suite"], memory_bytes=message["memory_bytes"], threads=message["threads"])
+    if isinstance(held, str):
+        return {"kind": "not held", "reason": held}
+    return {"kind": "held", "held": [one._asdict() for one in held]}
 
 
 def _main(arguments: list[str]) -> None:

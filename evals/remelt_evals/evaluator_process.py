@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -123,25 +123,26 @@ class EvaluatorProcess:
         return report_from_json(json.dumps(answer["report"]))
 
     def hold(
-        self, recipe: Recipe, suite: str, *, memory_bytes: int | None = None, threads: int = 1
-    ) -> HeldCandidate | str:
-        """Merge a candidate into the child's memory, as `Evaluator.hold`; it is gone with the child.
+        self, recipes: Sequence[Recipe], suite: str, *, memory_bytes: int | None = None, threads: int = 1
+    ) -> list[HeldCandidate] | str:
+        """Merge candidates into the child's memory, as `Evaluator.hold`; they are gone with the child.
 
         Raises:
-            EvaluationError: it cannot be merged or does not load; also where the child died or exceeded
+            EvaluationError: one cannot be merged or does not load; also where the child died or exceeded
                 `timeout_seconds`.
         """
         message = {
             "kind": "hold",
-            "recipe": recipe.canonical(),
+            "recipes": [recipe.canonical() for recipe in recipes],
             "suite": suite,
             "memory_bytes": memory_bytes,
             "threads": threads,
         }
-        answer = self._send(message, f"merging a candidate of {recipe.merge_method}", self.timeout_seconds)
+        what = f"merging {len(recipes)} candidates of {recipes[0].merge_method}"
+        answer = self._send(message, what, self.timeout_seconds)
         if answer["kind"] == "not held":
             return str(answer["reason"])
-        return HeldCandidate(**answer["held"])
+        return [HeldCandidate(**held) for held in answer["held"]]
 
     def close(self) -> None:
         """End the child at once, whatever it is doing."""

@@ -27,9 +27,16 @@ GROWTH_BYTES = 1 << 30
 
 @dataclass(slots=True)
 class _Job:
-    key: str
-    work: Work
+    works: Mapping[str, Work]
+    """Candidates that are merged together, by key."""
     losses: int = 0
+
+    def fail(self, reason: str) -> dict[str, Outcome]:
+        return {key: Outcome(failure=reason) for key in self.works}
+
+    def split(self) -> list[_Job]:
+        """A job for each candidate, so that one cannot take the others with it again."""
+        return [_Job({key: work}, self.losses) for key, work in self.works.items()]
 
 
 @dataclass(slots=True)
@@ -93,10 +100,10 @@ class EvaluatorPool:
         """Pieces of work submitted and not finished."""
         return len(self._lost) + sum(slot.job is not None for slot in self._slots)
 
-    def submit(self, key: str, work: Work) -> None:
-        """Give work to an idle evaluator; `has_room` must hold."""
-        assert self.has_room
-        self._give(_Job(key, work))
+    def submit(self, works: Mapping[str, Work]) -> None:
+        """Give an idle evaluator candidates by key, to be merged together; `has_room` must hold."""
+        assert self.has_room and works
+        self._give(_Job(dict(works)))
 
     def wait(self, timeout_seconds: float) -> dict[str, Outcome]:
         """Outcomes by key, as soon as there is one; none where the time passed or an evaluator came up first.
@@ -141,10 +148,11 @@ class EvaluatorPool:
 
     def _give(self, job: _Job) -> None:
         slot = next(slot for slot in self._slots if slot.is_up and slot.job is None)
-        slot.job, slot.since, slot.reference = job, time.monotonic(), slot.actor.run.remote(job.work)
+        slot.job, slot.since, slot.reference = job, time.monotonic(), slot.actor.run.remote(list(job.works.values()))
 
     def _deadline(self, slot: _Slot) -> float:
-        seconds = self.evaluators.timeout_seconds if slot.is_up else self.evaluators.start_timeout_seconds
+        num_works = 1 if slot.job is None else len(slot.job.works)
+        seconds = self.evaluators.timeout_seconds * num_works if slot.is_up else self.evaluators.start_timeout_seconds
         return slot.since + seconds
 
     def _settle(self, slot: _Slot) -> Mapping[str, Outcome]:
@@ -154,29 +162,35 @@ class EvaluatorPool:
         reference, slot.reference = slot.reference, None
         job, slot.job = slot.job, None
         try:
-            result = ray.get(reference)
+            results = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             self._replace(slot, error if job is None else None)
-            return {} if job is None else {job.key: Outcome(failure=f"the evaluator raised {_reason(error)}")}
+            return {} if job is None else self._lose(job, f"the evaluator raised {_reason(error)}", is_final=True)
         except ray.exceptions.RayError as error:
             self._replace(slot, error if job is None else None)
             return self._lose(job, f"{_reason(error)}") if job else {}
         if job is None:
-            slot.is_up, slot.pid, self._start_failures = True, result, 0
+            slot.is_up, slot.pid, self._start_failures = True, results, 0
             return {}
-        slot.first_bytes = slot.first_bytes or result.memory_bytes
-        if not result.is_evaluator_sound or has_grown(slot.first_bytes, result.memory_bytes):
+        memory_bytes = results[-1].memory_bytes
+        slot.first_bytes = slot.first_bytes or memory_bytes
+        is_sound = all(outcome.is_evaluator_sound for outcome in results)
+        if not is_sound or has_grown(slot.first_bytes, memory_bytes):
             self._replace(slot)
-        return {job.key: result}
+        return dict(zip(job.works, results, strict=True))
 
-    def _lose(self, job: _Job, reason: str) -> Mapping[str, Outcome]:
+    def _lose(self, job: _Job, reason: str, *, is_final: bool = False) -> Mapping[str, Outcome]:
+        """Put a job that has no outcome back, candidate by candidate; one by itself is given up at last."""
+        if len(job.works) > 1:
+            self._lost += job.split()
+            return {}
+        if is_final:
+            return job.fail(reason)
         job.losses += 1
         if job.losses <= MAX_LOSSES:
             self._lost.append(job)
             return {}
-        return {
-            job.key: Outcome(failure=f"its evaluator was lost {job.losses} times, often for want of memory: {reason}")
-        }
+        return job.fail(f"its evaluator was lost {job.losses} times, often for want of memory: {reason}")
 
     def _give_up(self, slot: _Slot) -> Mapping[str, Outcome]:
         """End an evaluator that is past its deadline."""
@@ -184,7 +198,7 @@ class EvaluatorPool:
         if job is not None:
             self._replace(slot)
             seconds = self.evaluators.timeout_seconds
-            return {job.key: Outcome(failure=f"timed out after {seconds:g} s (evaluators: timeout_seconds)")}
+            return self._lose(job, f"timed out after {seconds:g} s (evaluators: timeout_seconds)", is_final=True)
         if not any(other.is_up for other in self._slots):
             raise StudyError(self._no_evaluator())
         slot.since = time.monotonic()  # the others do the work; this one may come when the cluster has room

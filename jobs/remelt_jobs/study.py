@@ -121,9 +121,10 @@ def _plan_ahead(config: StudyConfig) -> Record:
     if plan.warnings:
         raise RecipeError("this recipe cannot be searched: " + "; ".join(plan.warnings))
     evaluators, size = config.evaluators, plan.write_bytes
-    if evaluators.disk_bytes is not None and size * evaluators.count > evaluators.disk_bytes:
+    num_candidates = evaluators.count * evaluators.together
+    if evaluators.disk_bytes is not None and size * num_candidates > evaluators.disk_bytes:
         raise StudyError(
-            f"{evaluators.count} candidates of {size / 1e9:.2f} GB lie on disk at one time, above the "
+            f"{num_candidates} candidates of {size / 1e9:.2f} GB lie on disk at one time, above the "
             f"{evaluators.disk_bytes / 1e9:.2f} GB of `evaluators: disk`; give more, or have fewer evaluators"
         )
     return {
@@ -230,8 +231,10 @@ class _Study:
         while len(self.state.finished) < len(self.state.candidates) or self._may_ask():
             evaluators = pool.open()
             while evaluators.has_room and (abandoned or self._may_ask()):
-                candidate = abandoned.pop(0) if abandoned else self._ask()
-                evaluators.submit(str(candidate.number), self._work(candidate, "search"))
+                batch: list[Candidate] = []
+                while len(batch) < self.config.evaluators.together and (abandoned or self._may_ask()):
+                    batch.append(abandoned.pop(0) if abandoned else self._ask())
+                evaluators.submit({str(one.number): self._work(one, "search") for one in batch})
             for key, outcome in evaluators.wait(POLL_SECONDS).items():
                 self._finish_trial(self.state.candidates[int(key)], outcome)
                 total = self.config.budget.trials or len(self.state.candidates)
@@ -341,8 +344,8 @@ class _Study:
         while num_done < total:
             evaluators = pool.open()
             while waiting and evaluators.has_room:
-                number = waiting.pop(0)
-                evaluators.submit(str(number), works[number])
+                batch, waiting = waiting[: self.config.evaluators.together], waiting[self.config.evaluators.together :]
+                evaluators.submit({str(number): works[number] for number in batch})
             for key, outcome in evaluators.wait(POLL_SECONDS).items():
                 number = int(key)
                 self._keep_report(self.state.candidates[number], outcome)

@@ -7,7 +7,7 @@
     objective: macro mean         # or standardised mean, mean rank, worst task, several
     budget: {trials: 60}          # the first to be spent of trials, gpu_hours and wall_hours ends the search
     fidelity: [50, 200]           # score so many items of each eval task first; what is clearly worse stops there
-    evaluators: {count: 2, nodes: 1, cpus: 1, gpus: 0, memory: 4GB, disk: 40GB, timeout_seconds: 1800}
+    evaluators: {count: 2, together: 1, nodes: 1, cpus: 1, gpus: 0, memory: 4GB, disk: 40GB, timeout_seconds: 1800}
     backend: {name: hf, device: cpu, dtype: auto}    # or {name: lm_eval, model: vllm, interpreter: P}
     cache: evaluations            # folder of evaluations by id, for all studies that name it
     finalists: 4                  # scored again on selection items, beside the best parent and the uniform merge
@@ -89,16 +89,19 @@ class Evaluators:
     """How many evaluators, and what each of them asks of the cluster."""
 
     count: int = 1
+    together: int = 1
+    """Candidates that an evaluator takes at one time and merges in one read of the parents; each takes a model's
+    memory, or a candidate's disk."""
     nodes: int = 1
     """Of one evaluator: CPUs, GPUs and memory are those of each of its nodes, had all at once or not at all."""
     cpus: float = 1
     gpus: float = 0
     disk_bytes: int | None = None
-    """What all candidates on disk at one time may take; one for each evaluator."""
+    """What all candidates on disk at one time may take; `together` for each evaluator."""
     memory_bytes: int | None = None
     """For Ray's scheduler, and the bound on what a merge in the evaluator may hold."""
     timeout_seconds: float = 3600.0
-    """For one trial, its merge included."""
+    """For one trial, its merge included; where several are merged together, for each."""
     start_timeout_seconds: float = 900.0
     """Until the first evaluator is up; a cluster that scales may take minutes."""
     scratch: str | None = None
@@ -258,6 +261,7 @@ def _read_evaluators(section: Section) -> Evaluators:
     section.allow(
         (
             "count",
+            "together",
             "nodes",
             "cpus",
             "gpus",
@@ -272,6 +276,7 @@ def _read_evaluators(section: Section) -> Evaluators:
     default = Evaluators()
     return Evaluators(
         count=section.integer("count", default.count, low=1),
+        together=section.integer("together", default.together, low=1),
         nodes=section.integer("nodes", default.nodes, low=1),
         cpus=section.number("cpus", default.cpus, low=0),
         gpus=section.number("gpus", default.gpus, low=0),

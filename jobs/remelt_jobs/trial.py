@@ -1,4 +1,6 @@
-"""One trial, where Ray puts it: merge the candidate into the loaded model or on local disk, score it, forget it.
+"""Trials, where Ray puts them: merge candidates into loaded models or on local disk, score them, forget them.
+
+Several at once are merged in one read of the parents, then scored one after another.
 
 The actor *is* the evaluator process: it holds an `Evaluator`, so imports and eval tasks are paid for once, and it is
 replaced after an error, a time-out or growth in memory (see `evaluator_pool`).
@@ -10,9 +12,10 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from remelt.errors import EvaluationError, RemeltError
 from remelt.recipe import Recipe
@@ -25,9 +28,6 @@ from remelt_evals.evaluator_process import EvaluatorProcess
 from remelt_evals.ladder import Estimate, stop_early
 from remelt_jobs.candidates import open_for_evaluation
 from remelt_jobs.lease import fence_name, host_name
-
-if TYPE_CHECKING:
-    from remelt.commit import MergedCheckpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class Outcome:
 
 
 class TrialEvaluator:
-    """Runs one piece of work after another. Its scratch folder holds one candidate at most.
+    """Runs one piece of work after another. Its scratch folder holds the candidates of one piece of work at most.
 
     It sets the process's folder for temporary files, so it must have a process to itself.
     """
@@ -100,7 +100,7 @@ class TrialEvaluator:
         for other in folder.glob(f"{name}-*"):
             if other == own or other.name < f"{name}-{fence_name(fence)}":
                 shutil.rmtree(other, ignore_errors=True)
-        self._scratch, temporary = own / "candidate", own / "tmp"
+        self._scratch, temporary = own / "candidates", own / "tmp"
         temporary.mkdir(parents=True)
         # Actors are killed, never closed: what libraries leave must lie where a successor looks.
         tempfile.tempdir = str(temporary)
@@ -115,29 +115,39 @@ class TrialEvaluator:
         self._evaluator.close()
         shutil.rmtree(self._scratch.parent, ignore_errors=True)
 
-    def run(self, work: Work) -> Outcome:
-        """Make and score a candidate. What is wrong with the candidate is an outcome; anything else raises."""
+    def run(self, works: Sequence[Work]) -> list[Outcome]:
+        """Make and score candidates of one recipe. What is wrong with one is an outcome; anything else raises."""
+        if len(works) > 1 and any(work.recipe is None for work in works):
+            return self._run_each(works)  # a checkpoint that is scored as it lies pushes candidates out of memory
         started = time.monotonic()
-        merged_at = started
-        made = _Made("", None, None)
         try:
-            made = self._make(work)
-            merged_at = time.monotonic()
-            report, estimate = self._climb(work, made)
+            made = self._make(works)
         except RemeltError as error:
-            return Outcome(
-                failure=f"{type(error).__name__}: {error}",
-                digest=made.digest,
-                candidate_id=made.candidate_id,
-                way=made.way,
-                merge_seconds=merged_at - started,
-                seconds=time.monotonic() - started,
-                memory_bytes=resident_bytes(),
-                where=host_name(),
-                is_evaluator_sound=not isinstance(error, EvaluationError),
-            )
+            if len(works) > 1:
+                return self._run_each(works)
+            return [self._failure(error, _Made("", None, None), started, 0.0)]
+        merge_seconds = (time.monotonic() - started) / len(works)
+        outcomes: list[Outcome] = []
+        try:
+            for work, one in zip(works, made, strict=True):
+                outcomes.append(self._score(work, one, merge_seconds))
+                if not outcomes[-1].is_evaluator_sound:
+                    break
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
+        # What else was held is gone with the evaluator's process, or no longer to be trusted.
+        return outcomes + self._run_each(works[len(outcomes) :])
+
+    def _run_each(self, works: Sequence[Work]) -> list[Outcome]:
+        """One after another, so that what is wrong with one is no other's failure."""
+        return [outcome for work in works for outcome in self.run([work])]
+
+    def _score(self, work: Work, made: _Made, merge_seconds: float) -> Outcome:
+        started = time.monotonic()
+        try:
+            report, estimate = self._climb(work, made)
+        except RemeltError as error:
+            return self._failure(error, made, started, merge_seconds)
         return Outcome(
             report=report,
             failure=None if report.is_ok else report.error or "the evaluation failed",
@@ -145,10 +155,25 @@ class TrialEvaluator:
             digest=made.digest,
             candidate_id=made.candidate_id,
             way=made.way,
-            merge_seconds=merged_at - started,
-            seconds=time.monotonic() - started,
+            merge_seconds=merge_seconds,
+            seconds=merge_seconds + time.monotonic() - started,
             memory_bytes=resident_bytes(),
             where=host_name(),
+        )
+
+    @staticmethod
+    def _failure(error: RemeltError, made: _Made, started: float, merge_seconds: float) -> Outcome:
+        seconds = time.monotonic() - started
+        return Outcome(
+            failure=f"{type(error).__name__}: {error}",
+            digest=made.digest,
+            candidate_id=made.candidate_id,
+            way=made.way,
+            merge_seconds=merge_seconds or seconds,
+            seconds=merge_seconds + seconds,
+            memory_bytes=resident_bytes(),
+            where=host_name(),
+            is_evaluator_sound=not isinstance(error, EvaluationError),
         )
 
     def _climb(self, work: Work, made: _Made) -> tuple[EvalReport, Estimate | None]:
@@ -175,30 +200,34 @@ class TrialEvaluator:
                 return report, estimate
         return report, None
 
-    def _make(self, work: Work) -> _Made:
-        """Bring the candidate to where the evaluator can score it."""
-        if work.recipe is None:
-            assert work.checkpoint is not None
-            opened = open_for_evaluation(work.checkpoint)
-            return _Made(str(opened.path), opened.digest, None)
-        why = ""
-        if work.resident:
+    def _make(self, works: Sequence[Work]) -> list[_Made]:
+        """Bring the candidates to where the evaluator can score them.
+
+        They are merged in one read of the parents: into memory if they may and can, else to local disk.
+        """
+        first, why = works[0], ""
+        recipes = [work.recipe for work in works if work.recipe is not None]
+        if not recipes:
+            assert first.checkpoint is not None
+            opened = open_for_evaluation(first.checkpoint)
+            return [_Made(str(opened.path), opened.digest, None)]
+        if first.resident:
             held = self._evaluator.hold(
-                work.recipe, work.suite, memory_bytes=self._memory_bytes(work), threads=work.threads
+                recipes, first.suite, memory_bytes=self._memory_bytes(first), threads=first.threads
             )
             if not isinstance(held, str):
-                return _Made(held.checkpoint, held.digest, held.candidate_id, "memory")
+                return [_Made(one.checkpoint, one.digest, one.candidate_id, "memory") for one in held]
             why = f": {held}"
-        merged = self._merge(work.recipe, work)
-        return _Made(str(merged.path), merged.digest, merged.candidate_id, f"disk{why}")
-
-    def _merge(self, recipe: Recipe, work: Work) -> MergedCheckpoint:
         from remelt.executor import LocalExecutor
-        from remelt.merge import merge_recipe
+        from remelt.merge import merge_recipes
 
         shutil.rmtree(self._scratch, ignore_errors=True)
-        executor = LocalExecutor(threads=work.threads, memory_bytes=self._memory_bytes(work))
-        return merge_recipe(recipe, self._scratch, executor=executor)
+        executor = LocalExecutor(threads=first.threads, memory_bytes=self._memory_bytes(first))
+        folders = [self._scratch / str(number) for number in range(len(works))]
+        return [
+            _Made(str(one.path), one.digest, one.candidate_id, f"disk{why}")
+            for one in merge_recipes(recipes, folders, executor=executor)
+        ]
 
     @staticmethod
     def _memory_bytes(work: Work) -> int:

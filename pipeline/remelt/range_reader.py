@@ -52,6 +52,11 @@ def _is_same(path: Path, indexed: SourceFile) -> bool:
     return read_head(path).fingerprint == indexed.fingerprint
 
 
+def _is_aligned(piece: Piece, start: int) -> bool:
+    """Whether a piece's bytes from `start` on can be taken for elements where they lie in the file."""
+    return (piece.offset + start) * 8 % DTYPES[piece.dtype].item_bits == 0
+
+
 class RangeReader:
     """Reads byte ranges of one checkpoint. Thread-safe; a context manager; opens files when they are first read."""
 
@@ -149,13 +154,37 @@ class RangeReader:
         """Bytes [start, start + size) of a raw tensor where they are in memory already, else None: read them then."""
         return None
 
-    def prefetch(self, info: TensorInfo, start: int, length: int) -> None:
-        """Ask the system to begin reading bytes [start, start + length) of a raw tensor; a hint, never an error."""
-        if not hasattr(os, "posix_fadvise") or not length:
-            return
-        piece = info.pieces[0]
+    def window(self, info: TensorInfo) -> NDArray[np.uint8] | None:
+        """All bytes of a raw tensor, mapped into memory, and read ahead by the system; unmapped with the array.
+
+        For who looks at a tensor more than once: what is in the page cache needs no copy. Its pages count as this
+        process's memory while they are mapped. A file that is cut short meanwhile ends the process (SIGBUS).
+
+        Returns:
+            The bytes, read-only; None where kernels could not take them as they lie.
+
+        Raises:
+            CheckpointError: as `read_into`.
+            ValueError: the tensor is not raw.
+        """
+        if info.codec != RAW or len(info.pieces) != 1:
+            raise ValueError(f"codec {info.codec} with {len(info.pieces)} pieces has no bytes to look at")
+        (piece,) = info.pieces
+        if not _is_aligned(piece, 0):
+            return None
+        if not piece.nbytes:
+            return np.empty(0, np.uint8)
         opened = self._files.get(piece.file) or self._open(piece.file)
-        os.posix_fadvise(opened.descriptor, piece.offset + start, length, os.POSIX_FADV_WILLNEED)
+        if os.fstat(opened.descriptor).st_size < piece.offset + piece.nbytes:
+            raise self._failed(piece, piece.offset, piece.nbytes, "the file ends before them")
+        first = piece.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skipped = piece.offset - first
+        try:
+            mapping = mmap.mmap(opened.descriptor, skipped + piece.nbytes, offset=first, access=mmap.ACCESS_READ)
+            os.posix_fadvise(opened.descriptor, piece.offset, piece.nbytes, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return None  # a file system that maps nothing
+        return np.frombuffer(mapping, np.uint8)[skipped:]
 
     def read_piece(self, piece: Piece) -> NDArray[np.generic]:
         """A whole piece as its stored bits, in its shape."""
@@ -211,7 +240,7 @@ class MappedReader(RangeReader):
         if not 0 <= start <= start + size <= piece.nbytes:
             raise ValueError(f"bytes {start} to {start + size} of a piece of {piece.nbytes}")
         offset = piece.offset + start
-        if offset * 8 % DTYPES[piece.dtype].item_bits:
+        if not _is_aligned(piece, start):
             return None
         mapped = self._mapped.get(piece.file)
         if mapped is None:

@@ -5,9 +5,10 @@ leaves of one tensor. Outputs leave in the order of their bytes in the shard: a 
 it are written, and whichever thread completes the next one writes all that are ready. The number of blocks in flight is
 bounded by the buffers, which are allocated once.
 
-An operator that needs statistics sees its tensor in rounds. Between rounds its sources stay in the arena, or are read
-again where the arena cannot hold them. While the last blocks of a round are under way, idle threads go on with the next
-tensor.
+An operator that needs statistics sees its tensor in rounds. Its sources are then mapped into memory until the last one,
+which costs no copy of what is in the page cache; where they cannot be, they are copied into the arena. The arena's size
+bounds both. What it cannot hold is read again for each round. While the last blocks of a round are under way, idle
+threads go on with the next tensor.
 """
 
 from __future__ import annotations
@@ -98,10 +99,23 @@ class _TensorWork:
         self.num_nonfinite = [0] * len(planned.sources)
         self.arena: Bytes | None = None
         self.arena_start = -1
+        self._windows: list[Bytes] | None = None
+        self._windows_lock = threading.Lock()
 
     def rows(self, block: int) -> tuple[int, int]:
         first = block * self.block_rows
         return first, min(first + self.block_rows, self.geometry.num_rows)
+
+    def windows(self, readers: Sequence[RangeReader]) -> list[Bytes]:
+        """The sources, mapped whole; none where one of them cannot be. They count against the arena's place."""
+        if self._windows is None:
+            with self._windows_lock:
+                if self._windows is None:
+                    windows = [readers[place].window(info) for place, info in self.planned.sources]
+                    self._windows = [window for window in windows if window is not None]
+                    if len(self._windows) < len(windows):
+                        self._windows = []
+        return self._windows
 
     def held_view(self, source: int, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of a source in the arena."""
@@ -380,6 +394,7 @@ class UnitRunner:
         """
         work, views, used, num_digested = claim.work, [], 0, 0
         is_first = claim.round_ == 0
+        windows = work.windows(self._readers) if work.arena is not None and work.may_view else []
         for number, (place, info) in enumerate(work.planned.sources):
             itemsize = DTYPES[info.dtype].item_bits // 8
             start, size = first_element * itemsize, elements * itemsize
@@ -387,6 +402,10 @@ class UnitRunner:
             if mapped is not None:
                 view = mapped
                 self._took(size, worker)
+            elif windows:
+                mapped = view = windows[number][start : start + size]
+                if is_first:
+                    self._took(size, worker)
             elif work.arena is not None:
                 view = work.held_view(number, start, start + size)
             else:

@@ -30,9 +30,10 @@ def make_recipe(checkpoints: dict[str, Path], weight: float) -> Recipe:
 
 
 def hold(evaluator: Evaluator | EvaluatorProcess, recipe: Recipe, suite: Path) -> HeldCandidate:
-    held = evaluator.hold(recipe, str(suite), memory_bytes=200 * MB)
-    assert isinstance(held, HeldCandidate), held
-    return held
+    held = evaluator.hold([recipe], str(suite), memory_bytes=200 * MB)
+    assert not isinstance(held, str), held
+    (one,) = held
+    return one
 
 
 def request_for(held: HeldCandidate, suite: Path, **changes: Any) -> EvalRequest:
@@ -72,6 +73,20 @@ def test_scores_and_ids_are_those_of_a_merge_on_disk(
         assert short.fidelity == "first-4" and short.is_ok
 
 
+def test_candidates_held_together_score_as_each_alone(
+    evaluator: Evaluator, checkpoints: dict[str, Path], suite_path: Path
+) -> None:
+    recipes = [make_recipe(checkpoints, weight) for weight in (0.2, 0.7, 0.2)]
+    together = evaluator.hold(recipes, str(suite_path), memory_bytes=200 * MB)
+    assert not isinstance(together, str)
+    assert together[0][:3] == together[2][:3] != together[1][:3]
+    scores = [numbers(evaluator.evaluate(request_for(held, suite_path))) for held in together]
+    alone = []
+    for recipe in recipes:
+        alone.append(numbers(evaluator.evaluate(request_for(hold(evaluator, recipe, suite_path), suite_path))))
+    assert scores == alone
+
+
 def test_a_name_scores_only_what_is_held_under_it(
     evaluator: Evaluator, checkpoints: dict[str, Path], suite_path: Path
 ) -> None:
@@ -96,14 +111,14 @@ def test_after_a_failed_merge_nothing_is_held(
 
     alien = {"first": checkpoints["first"], "second": zoo.base()}
     with pytest.raises(MismatchError):
-        evaluator.hold(make_recipe(alien, 0.5), str(suite_path), memory_bytes=200 * MB)
+        evaluator.hold([make_recipe(alien, 0.5)], str(suite_path), memory_bytes=200 * MB)
     with pytest.raises(EvaluationError, match="holds nothing"):
         evaluator.evaluate(request_for(held, suite_path))
 
 
 def test_other_backends_say_that_candidates_go_by_disk(checkpoints: dict[str, Path], suite_path: Path) -> None:
     dummy = Evaluator(BackendOptions(name="dummy"))
-    assert "dummy backend loads folders" in str(dummy.hold(make_recipe(checkpoints, 0.2), str(suite_path)))
+    assert "dummy backend loads folders" in str(dummy.hold([make_recipe(checkpoints, 0.2)], str(suite_path)))
     dummy.close()
 
 
@@ -117,5 +132,5 @@ def test_an_evaluator_process_holds_candidates_too(
         held = hold(process, recipe, suite_path)
         assert numbers(process.evaluate(request_for(held, suite_path))) == numbers(here)
         with pytest.raises(EvaluationError, match="/nowhere"):
-            process.hold(make_recipe({**checkpoints, "first": Path("/nowhere")}, 0.4), str(suite_path))
+            process.hold([make_recipe({**checkpoints, "first": Path("/nowhere")}, 0.4)], str(suite_path))
         assert process.pid is None

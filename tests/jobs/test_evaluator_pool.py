@@ -51,14 +51,14 @@ def test_work_survives_its_evaluator_and_a_wrong_checkpoint_is_its_own_failure(
     with EvaluatorPool(Evaluators(), DUMMY, "pool-test", 1) as pool:
         wait_until_up(pool)
         first = pool._slots[0].pid
-        pool.submit("a", work_on(parents["p1"], suite_file))
+        pool.submit({"a": work_on(parents["p1"], suite_file)})
         assert not pool.has_room
         kill(pool)
         outcome = wait_for(pool, "a")
         assert outcome.failure is None
         assert outcome.report is not None
         assert pool._slots[0].pid != first
-        pool.submit("b", work_on(tmp_path / "nowhere", suite_file))
+        pool.submit({"b": work_on(tmp_path / "nowhere", suite_file)})
         assert "CheckpointError" in str(wait_for(pool, "b").failure)
         assert pool.num_running == 0
 
@@ -70,7 +70,7 @@ def test_work_that_kills_every_evaluator_becomes_a_failure(
 ) -> None:
     with EvaluatorPool(Evaluators(), DUMMY, "pool-test", 2) as pool:
         wait_until_up(pool)
-        pool.submit("a", work_on(parents["p1"], suite_file))
+        pool.submit({"a": work_on(parents["p1"], suite_file)})
         outcomes: dict[str, Outcome] = {}
         deadline = time.monotonic() + 120
         while "a" not in outcomes and time.monotonic() < deadline:
@@ -82,13 +82,31 @@ def test_work_that_kills_every_evaluator_becomes_a_failure(
 
 @pytest.mark.slow
 @pytest.mark.ray
+def test_candidates_that_lost_their_evaluator_together_go_on_one_by_one(
+    cluster: str, parents: dict[str, Path], suite_file: Path
+) -> None:
+    with EvaluatorPool(Evaluators(), DUMMY, "pool-test", 6) as pool:
+        wait_until_up(pool)
+        pool.submit({name: work_on(parents[name], suite_file) for name in ("p1", "p2")})
+        kill(pool)
+        outcomes: dict[str, Outcome] = {}
+        deadline = time.monotonic() + 120
+        while len(outcomes) < 2 and time.monotonic() < deadline:
+            found = pool.wait(1.0)
+            assert len(found) < 2
+            outcomes |= found
+        assert {key: outcome.failure for key, outcome in outcomes.items()} == {"p1": None, "p2": None}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 def test_work_past_its_time_is_a_failure_and_the_next_gets_a_new_evaluator(
     cluster: str, parents: dict[str, Path], suite_file: Path
 ) -> None:
     with EvaluatorPool(Evaluators(timeout_seconds=0.05), DUMMY, "pool-test", 3) as pool:
         wait_until_up(pool)
         first = pool._slots[0].pid
-        pool.submit("a", work_on(parents["p1"], suite_file))
+        pool.submit({"a": work_on(parents["p1"], suite_file)})
         assert "timed out after 0.05 s" in str(wait_for(pool, "a").failure)
         wait_until_up(pool)
         assert pool._slots[0].pid != first

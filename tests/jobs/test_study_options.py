@@ -138,6 +138,24 @@ def test_a_wall_budget_ends_the_search_but_not_the_starts(
     assert run_study(parse_study(document), tmp_path / "study").is_reused
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_candidates_that_are_merged_together_score_what_each_does_alone(
+    cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path: Path
+) -> None:
+    document = make_document(parents, suite_file, searcher="random", budget={"trials": 11})
+    finished = {}
+    for together in (1, 3):
+        evaluators = {"count": 1, "cpus": 1, "together": together}
+        run_study(parse_study(document | {"evaluators": evaluators}), tmp_path / str(together))
+        finished[together] = by_type(read_journal(tmp_path / str(together)), "finished")
+    asked = [record["asked_after"] for record in by_type(read_journal(tmp_path / "3"), "asked")]
+    assert asked == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9]
+    for one, other in zip(finished[1], finished[3], strict=True):
+        for key in ("trial", "digest", "candidate_id", "values", "score"):
+            assert one[key] == other[key]
+
+
 def test_a_budget_ends_with_the_first_that_is_spent() -> None:
     budget = Budget(trials=10, gpu_hours=2.0, wall_hours=1.0)
     assert not budget.is_spent(Spent(9, 3599.0, 3599.0), gpus=2)
@@ -185,15 +203,20 @@ def test_an_evaluator_of_two_nodes_is_scheduled_whole_or_not_at_all(parents: dic
 def test_candidates_in_memory_score_what_candidates_on_disk_do(cluster: str, suite_file: Path, tmp_path: Path) -> None:
     """The zoo's real models: the same digests, values and asks, whichever way a candidate comes to the model."""
     document = demo_study(num_trials=7, num_evaluators=1) | {"suite": str(suite_file), "finalists": 1}
+    ways = {
+        "memory": {},
+        "disk": {"resident": False},
+        "memory, in twos": {"together": 2},
+    }
     finished = {}
-    for is_resident in (True, False):
-        evaluators = {"count": 1, "cpus": 1, "memory": "1GB", "resident": is_resident}
-        output = tmp_path / str(is_resident)
-        run_study(parse_study(document | {"evaluators": evaluators}), output)
-        finished[is_resident] = by_type(read_journal(output), "finished")
-    ways = {record["trial"]: record["way"] for record in finished[True]}
-    assert [ways[number] for number in range(7)] == ["memory", "", "", "", "", "memory", "memory"]
-    assert {record["way"] for record in finished[False]} == {"", "disk"}
-    for one, other in zip(finished[True], finished[False], strict=True):
-        for key in ("trial", "digest", "candidate_id", "values", "score"):
-            assert one[key] == other[key]
+    for way, changes in ways.items():
+        evaluators = {"count": 1, "cpus": 1, "memory": "1GB", **changes}
+        run_study(parse_study(document | {"evaluators": evaluators, "searcher": "random"}), tmp_path / way)
+        finished[way] = by_type(read_journal(tmp_path / way), "finished")
+        taken = {record["trial"]: record["way"] for record in finished[way]}
+        means = way.partition(",")[0]
+        assert [taken[number] for number in range(7)] == [means, "", "", "", "", means, means]
+    for way in ways:
+        for one, other in zip(finished["memory"], finished[way], strict=True):
+            for key in ("trial", "digest", "candidate_id", "values", "score"):
+                assert one[key] == other[key]

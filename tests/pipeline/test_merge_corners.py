@@ -327,3 +327,22 @@ def test_a_replacement_killed_anywhere_in_its_commit_is_resumed_without_force(
     names = {path.name for path in merged.path.iterdir()}
     assert names == {path.name for path in whole.path.iterdir()}
     assert verify_merge(merged.path).problems == ()
+
+
+@pytest.mark.parametrize("method", ["ties", "model_stock"])
+def test_what_cannot_be_mapped_is_kept_by_copy_and_gives_the_same_bytes(
+    pool: dict[str, Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(pool, method)
+    mapped = merge_recipe(recipe, tmp_path / "mapped", threads=2)
+    windows = RangeReader.window
+    for name in ("nothing", "one parent less"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                RangeReader,
+                "window",
+                lambda self, info, name=name: (
+                    None if name == "nothing" or self.index.root.endswith("p1") else windows(self, info)
+                ),
+            )
+            assert merge_recipe(recipe, tmp_path / name, threads=2).digest == mapped.digest

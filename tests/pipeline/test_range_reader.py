@@ -14,6 +14,7 @@ import pytest
 
 from checkpoint_files import sample_tensors, write_file, write_sharded
 from remelt.checkpoint import RAW, CheckpointIndex, Piece, SourceFile, TensorInfo
+from remelt.dtypes import DTYPES
 from remelt.errors import CheckpointError
 from remelt.formats import open_checkpoint
 from remelt.range_reader import RangeReader
@@ -163,8 +164,32 @@ def test_closing_does_not_cut_off_reads_under_way(tmp_path: Path, monkeypatch: p
     assert np.array_equal(buffer, array)
 
 
-def test_prefetch_is_a_hint_that_takes_any_range(tmp_path: Path) -> None:
-    index, info, _ = one_tensor(tmp_path)
+def test_a_window_is_the_tensors_bytes_and_gone_with_the_array(tmp_path: Path) -> None:
+    tensors = sample_tensors()
+    path = write_file(tmp_path / "model.safetensors", tensors)
+    index = open_checkpoint(str(tmp_path))
+
+    def is_mapped() -> bool:
+        return str(path) in Path("/proc/self/maps").read_text()
+
     with RangeReader(index) as reader:
-        reader.prefetch(info, 0, info.nbytes)
-        reader.prefetch(info, info.nbytes, 0)
+        for name, (dtype, array) in tensors.items():
+            window = reader.window(index.tensors[name])
+            piece = index.tensors[name].pieces[0]
+            if piece.offset * 8 % DTYPES[dtype].item_bits:
+                assert window is None
+                continue
+            assert window is not None and window.tobytes() == array.tobytes()
+            assert not window.flags.writeable
+            assert is_mapped() == bool(window.size)
+            del window
+            assert not is_mapped()
+
+
+def test_a_window_beyond_the_end_of_a_file_is_refused_and_one_that_kernels_cannot_take_is_none(tmp_path: Path) -> None:
+    index, info, _ = one_tensor(tmp_path)
+    piece = info.pieces[0]
+    with RangeReader(index) as reader:
+        assert reader.window(info._replace(pieces=(piece._replace(offset=piece.offset + 1, nbytes=8),))) is None
+        with pytest.raises(CheckpointError, match=r"model\.safetensors.*ends before them"):
+            reader.window(info._replace(pieces=(piece._replace(offset=piece.offset + 8),)))
