@@ -80,6 +80,7 @@ def run_study(
     if state.is_done and config.budget.is_spent(state.spent(), config.evaluators.gpus):
         return build_result(config, state, output, is_reused=True)
     identity = _plan_ahead(config)
+    _check_inputs(identity, state, output)
     progress = progress or (lambda step: None)
     with ExitStack() as stack:
         lease = stack.enter_context(
@@ -110,6 +111,24 @@ def _check_identity(config: StudyConfig, state: StudyState, output: Path) -> Non
         raise StudyError(
             f"{output} holds another study ({state.identity['study_id'][:12]}, this one is {config.study_id[:12]}; "
             f"they differ in: {changed}); choose another --output"
+        )
+
+
+def _check_inputs(identity: Record, state: StudyState, output: Path) -> None:
+    """Refuse to go on with other weights, or with arithmetic that may give other bytes."""
+    known = state.identity
+    if known is None:
+        return
+    changed = [name for name, digest in identity["inputs"].items() if known["inputs"].get(name) != digest]
+    if changed:
+        raise StudyError(
+            f"{', '.join(changed)} changed since the study in {output} began, so its scores no longer hold; "
+            "put the old weights back, or choose another --output"
+        )
+    if known["numerics"] != identity["numerics"]:
+        raise NumericsError(
+            f"{output} was begun with numerics {known['numerics']}, this host computes with "
+            f"{identity['numerics']}; go on where it was begun, or choose another --output"
         )
 
 
@@ -191,18 +210,7 @@ class _Study:
             self._record(identity)
             self._record({"type": "session"})
             return
-        known = self.state.identity
-        changed = [name for name, digest in identity["inputs"].items() if known["inputs"].get(name) != digest]
-        if changed:
-            raise StudyError(
-                f"{', '.join(changed)} changed since the study in {self.output} began, so its scores no longer hold; "
-                "put the old weights back, or choose another --output"
-            )
-        if known["numerics"] != identity["numerics"]:
-            raise NumericsError(
-                f"{self.output} was begun with numerics {known['numerics']}, this host computes with "
-                f"{identity['numerics']}; go on where it was begun, or choose another --output"
-            )
+        _check_inputs(identity, self.state, self.output)
         self._record({"type": "session"})
 
     def _pool(self) -> EvaluatorPool:

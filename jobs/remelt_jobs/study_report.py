@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,6 +12,9 @@ from remelt_evals.paired import Difference
 from remelt_jobs.progress import human_seconds
 from remelt_jobs.study_progress import StudyProgress
 from remelt_jobs.study_result import StudyResult, Versus
+
+_LISTS = ("fit", "front")
+"""Keys of a searcher's report that have lines of their own."""
 
 _PHASES = {
     "search": "trials",
@@ -109,8 +113,38 @@ def print_result(result: StudyResult) -> None:
         console.print(versus_line(versus), soft_wrap=True)
     failed = f", {result.num_failed} of them failed" if result.num_failed else ""
     console.print(f"{result.num_trials} trials{failed}; the winner is {result.winner}{_values(result)}", soft_wrap=True)
+    for line in searcher_lines(result):
+        console.print(line, soft_wrap=True)
     for note in result.notes:
         console.print(f"note: {note}", soft_wrap=True)
+
+
+def searcher_lines(result: StudyResult) -> list[str]:
+    """What the searcher learned: its figures in a line, then a line for the fit of each objective."""
+    report = result.searcher
+    figures = [f"{name.removeprefix('is_')} {_figure(value)}" for name, value in report.items() if name not in _LISTS]
+    names = entry_names(result.rows[-1].abilities)
+    lines = [f"searcher: {', '.join(figures)}"] if figures else []
+    for number, fit in enumerate(report.get("fit", ())):
+        name = names[number] if len(report["fit"]) == len(names) else "objective"
+        left_out = "undetermined" if fit["left_out"] is None else f"{fit['left_out']:.4f}"
+        lines.append(
+            f"surrogate of {name}: {fit['observations']} trials for {fit['coefficients']} coefficients, R2 "
+            f"{fit['r_squared']:.3f}, error of trials left out {left_out}"
+        )
+    if report.get("front"):
+        lines.append(f"the surrogate's front has {len(report['front'])} points, in {result.output / 'result.json'}")
+    return lines
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, Mapping):
+        return " + ".join(f"{count} {name}" for name, count in value.items()) or "nothing"
+    return str(value)
 
 
 def result_table(result: StudyResult) -> Any:

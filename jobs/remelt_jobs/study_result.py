@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from remelt.errors import StudyError
+from remelt.searchers import build_searcher, searcher_report
 from remelt_evals.eval_report import EvalReport, macro_standard_error, objective, report_from_json
 from remelt_evals.paired import Comparison, compare
 from remelt_jobs.candidates import Candidate
@@ -76,6 +77,8 @@ class StudyResult:
     num_trials: int
     num_failed: int
     notes: tuple[str, ...]
+    searcher: Mapping[str, Any]
+    """What the searcher learned, as JSON values: a surrogate's fit errors and front, a soup's members. May be empty."""
     reports: Path
     is_reused: bool = False
     """Whether it was finished already, and nothing was done."""
@@ -125,6 +128,9 @@ def build_result(config: StudyConfig, state: StudyState, output: Path, *, is_reu
         num_trials=len(state.finished),
         num_failed=sum(record["state"] == "FAILED" for record in state.finished.values()),
         notes=(*_notes(config, winner, unscored), *reports[winner.number].notes),
+        searcher=searcher_report(
+            build_searcher(config.searcher, config.space, config.seed, config.searcher_options), state.seen
+        ),
         reports=config.reports or output / REPORTS,
         is_reused=is_reused,
     )

@@ -13,11 +13,12 @@ import pytest
 
 from checkpoint_files import bf16, write_file
 from merge_fixtures import parent_tensors, write_pool
-from remelt.errors import CheckpointError, MismatchError, StudyError
+from remelt.errors import CheckpointError, ExecutionError, MismatchError, StudyError
 from remelt.searchers import TrialState, build_searcher
 from remelt.verify import verify_merge
 from remelt_evals.report_tables import read_table
-from remelt_jobs.journal import Record, read_journal
+from remelt_jobs import study as study_module
+from remelt_jobs.journal import Journal, Record, read_journal
 from remelt_jobs.lease import take_lease
 from remelt_jobs.study import run_study
 from remelt_jobs.study_config import StudyConfig, parse_study
@@ -259,6 +260,30 @@ def test_a_study_held_by_another_driver_is_refused(parents: dict[str, Path], sui
     (tmp_path / "study" / "journal").mkdir()
     with pytest.raises(StudyError, match="--takeover"):
         run_study(parse_study(make_document(parents, suite_file)), tmp_path / "study")
+
+
+def test_a_pool_that_changed_since_the_study_began_is_refused(
+    suite_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = write_pool(tmp_path / "parents", 2)
+    config = parse_study(make_document(parents, suite_file))
+
+    def no_cluster(**options: object) -> Any:
+        raise ExecutionError("no cluster was to be started")
+
+    monkeypatch.setattr(study_module, "ray_session", no_cluster)
+    with take_lease(tmp_path / "study").kept_alive() as lease, Journal(tmp_path / "study", lease) as journal:
+        journal.append(study_module._plan_ahead(config) | {"at": "2026-01-01T00:00:00.000+00:00"})
+    with pytest.raises(ExecutionError, match="no cluster"):
+        run_study(config, tmp_path / "study")
+    kept = sorted(tmp_path.glob("study/journal/*"))
+    write_file(parents["p2"] / "model.safetensors", parent_tensors(3))
+    with pytest.raises(StudyError, match=r"^p2 changed since the study in .* began.*put the old weights back"):
+        run_study(config, tmp_path / "study")
+    (parents["p1"] / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="p1"):
+        run_study(config, tmp_path / "study")
+    assert sorted(tmp_path.glob("study/journal/*")) == kept
 
 
 def test_a_directory_of_something_else_is_refused(parents: dict[str, Path], suite_file: Path, tmp_path: Path) -> None:

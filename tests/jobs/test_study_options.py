@@ -21,6 +21,7 @@ from remelt_jobs.demo import demo_study
 from remelt_jobs.journal import Record, read_journal
 from remelt_jobs.study import run_study
 from remelt_jobs.study_config import Budget, parse_study
+from remelt_jobs.study_report import searcher_lines
 from remelt_jobs.study_state import Spent, StudyState
 from study_fixtures import make_document
 
@@ -136,6 +137,23 @@ def test_a_wall_budget_ends_the_search_but_not_the_starts(
     result = run_study(parse_study(document), tmp_path / "study")
     assert result.num_trials == 4
     assert run_study(parse_study(document), tmp_path / "study").is_reused
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_what_the_searcher_learned_is_told_at_the_end(
+    cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path: Path
+) -> None:
+    document = make_document(
+        parents, suite_file, searcher={"name": "map", "design": 6}, objective="several", budget={"trials": 8}
+    )
+    result = run_study(parse_study(document), tmp_path / "study")
+    kept = json.loads((result.output / "result.json").read_text())["searcher"]
+    assert kept == result.searcher
+    assert [fit["observations"] for fit in kept["fit"]] == [8, 8]
+    fits = [line for line in searcher_lines(result) if line.startswith("surrogate of")]
+    assert [line.partition(":")[0] for line in fits] == ["surrogate of sums", "surrogate of words"]
+    assert f"front has {len(kept['front'])} points" in searcher_lines(result)[-1]
 
 
 @pytest.mark.slow
