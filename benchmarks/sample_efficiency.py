@@ -1,6 +1,6 @@
 """What a search finds for its cost, on the zoo, over search seeds: CMA-ES, GP, the ladder, random, and Frank-Wolfe.
 
-    python benchmarks/sample_efficiency.py [--seeds 5] [--budget 48] [--processes 2]
+    python benchmarks/sample_efficiency.py [--seeds 5] [--budget 24] [--processes 2]
 
 Every method looks for coefficients that sum to 1 over the base and its four specialists. Searchers score candidates on
 the zoo's search items, one at a time, the uniform merge and the single checkpoints first; Frank-Wolfe follows the loss
@@ -43,7 +43,8 @@ RUNGS = (30, 90)
 """Of 180 items of each eval task."""
 SEARCHERS = ("random", "cmaes", "gp")
 METHODS = ("random", "cmaes", "gp", "cmaes on the ladder", "Frank-Wolfe")
-BLOCKS, BLOCK_TOKENS, ITERATIONS = 160, 96, 12
+BLOCKS, BLOCK_TOKENS, ITERATIONS = 14, 96, 12
+"""Blocks of each ability."""
 Z = 1.96
 
 
@@ -185,6 +186,7 @@ def select(scorer: Scorer, seed: int, budget: float, folder: Path) -> Run:
         "calibration": {
             "sources": [source_of(texts, ability) for ability in zoo.ABILITIES],
             "blocks": BLOCKS,
+            "held_out": 2,
             "block_tokens": BLOCK_TOKENS,
             "end_of_text": False,
         },
@@ -195,7 +197,7 @@ def select(scorer: Scorer, seed: int, budget: float, folder: Path) -> Run:
         "seed": seed,
     }
     result = run_selection(parse_selection(document), folder / f"selection-{seed}")
-    pass_cost = BLOCKS * BLOCK_TOKENS / scorer.full
+    pass_cost = len(zoo.ABILITIES) * BLOCKS * BLOCK_TOKENS / scorer.full
     cost_each = (3 * result.num_gradients + result.num_losses) * pass_cost / max(1, len(result.rows))
     found: list[Found] = []
     for row in result.rows:
@@ -240,7 +242,7 @@ def run_seed(task: tuple[int, float, str]) -> tuple[list[Run], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=48.0, help="evaluations on all search items")
+    parser.add_argument("--budget", type=float, default=24.0, help="evaluations on all search items")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--reports", type=Path, default=REPORTS_DIR)
