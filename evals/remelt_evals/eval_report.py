@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from remelt.errors import EvaluationError
@@ -45,6 +45,8 @@ class EvalRequest:
     """At most this many items of each eval task, the first ones; None is all that the suite says."""
     suite_digest: str | None = None
     """Where given, a suite with another digest is refused: its files were changed under the study."""
+    entries: tuple[int, ...] | None = None
+    """Places in the suite's list of tasks, to score these alone; None is all of them."""
 
     @property
     def fidelity(self) -> str:
@@ -195,14 +197,52 @@ def evaluation_id(request: EvalRequest, suite_digest: str, backend: Mapping[str,
     Args:
         backend: `Backend.identity()`: name, options and versions.
     """
-    content = {
+    content: dict[str, Any] = {
         "digest": request.digest,
         "suite": suite_digest,
         "role": request.role,
         "fidelity": request.fidelity,
         "backend": dict(backend),
     }
+    if request.entries is not None:
+        content["entries"] = list(request.entries)
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def join_reports(parts: Mapping[tuple[int, ...], EvalReport]) -> EvalReport:
+    """One report of evaluations of the same weights on different entries of a suite, each by the entries it scored.
+
+    Its id is made of theirs: batches were others than in one evaluation of all, so that last bits may differ.
+
+    Raises:
+        EvaluationError: they are not of the same weights, suite, role and fidelity.
+    """
+    first = next(iter(parts.values()))
+    for report in parts.values():
+        if _subject(report) != _subject(first):
+            raise EvaluationError(f"evaluations of {_subject(first)} and {_subject(report)} cannot be joined")
+    ids = [report.evaluation_id for _, report in sorted(parts.items())]
+    failed = [report for report in parts.values() if not report.is_ok]
+    tasks = {
+        place: task
+        for entries, report in parts.items()
+        if not failed
+        for place, task in zip(entries, report.tasks, strict=True)
+    }
+    return replace(
+        first,
+        evaluation_id=hashlib.sha256(canonical_json(ids).encode()).hexdigest(),
+        status=failed[0].status if failed else "ok",
+        error=failed[0].error if failed else None,
+        tasks=tuple(task for _, task in sorted(tasks.items())),
+        notes=tuple(dict.fromkeys(note for report in parts.values() for note in report.notes)),
+        started_at=min(report.started_at for report in parts.values()),
+        seconds=sum(report.seconds for report in parts.values()),
+    )
+
+
+def _subject(report: EvalReport) -> tuple[str, ...]:
+    return (report.digest, report.suite_digest, report.role, report.fidelity, report.backend)
 
 
 def canonical_json(value: Any) -> str:
@@ -215,7 +255,9 @@ def request_to_json(request: EvalRequest) -> str:
 
 
 def request_from_json(text: str) -> EvalRequest:
-    return EvalRequest(**json.loads(text))
+    raw = json.loads(text)
+    entries = raw.pop("entries")
+    return EvalRequest(**raw, entries=None if entries is None else tuple(entries))
 
 
 def report_to_json(report: EvalReport) -> str:

@@ -124,6 +124,8 @@ class Evaluator:
         self._check_checkpoint(request)
         suite.task_names(request.role)
         notes = self._check_items(suite)
+        if request.entries is not None:
+            suite = suite.part(request.entries)
         tasks = self._builder.build(suite, request.role)
         model = self._load(request, suite.batch_size)
         reports, error = _score(suite, request, tasks, model)

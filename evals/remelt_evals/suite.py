@@ -17,8 +17,8 @@ Task folders are code (templates, `!function` tags): use only those that you tru
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from remelt.errors import EvaluationError
@@ -66,6 +66,16 @@ class Suite:
     """By lm-eval task name; empty where the suite uses lm-eval's own tasks (no `tasks_dir`)."""
     digest: str
     """sha256 of the canonical content and of the hashes of task YAMLs and data files; holds no absolute path."""
+
+    def part(self, entries: Sequence[int]) -> Suite:
+        """The suite with some of its tasks only; identity and files are those of the whole.
+
+        Raises:
+            EvaluationError: it has no such entry.
+        """
+        if not entries or not all(0 <= place < len(self.tasks) for place in entries):
+            raise EvaluationError(f"suite {self.name} has {len(self.tasks)} entries, {list(entries)} were asked for")
+        return replace(self, tasks=tuple(self.tasks[place] for place in entries))
 
     @property
     def is_local(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -229,6 +230,27 @@ class EvaluatorPool:
             f"the cluster has {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs, "
             f"{total.get('memory', 0) / 1e9:.1f} GB in all; ask for less under `evaluators:`, or give the cluster more"
         )
+
+
+class LazyPool:
+    """A pool that starts when it is first wanted: a resumed study may have nothing left to score."""
+
+    def __init__(self, make: Callable[[], EvaluatorPool], stack: ExitStack) -> None:
+        self._make, self._stack = make, stack
+        self._pool: EvaluatorPool | None = None
+
+    def open(self) -> EvaluatorPool:
+        if self._pool is None:
+            self._pool = self._stack.enter_context(self._make())
+        return self._pool
+
+    def make_room(self) -> None:
+        """Leave a CPU to others: idle evaluators that hold them all are ended, and start anew when wanted."""
+        import ray
+
+        if self._pool is not None and ray.available_resources().get("CPU", 0) < 1:
+            self._stack.close()
+            self._pool = None
 
 
 def _reserve(wanted: Evaluators) -> Any:

@@ -10,17 +10,16 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from remelt.errors import NumericsError, OutputError, RecipeError, StudyError
+from remelt.errors import NumericsError, OutputError, StudyError
 from remelt.executor import Executor
-from remelt.merge import merge_recipe, open_checkpoints
-from remelt.planner import build_plan
+from remelt.merge import merge_recipe
 from remelt.receipts import write_file_durably
 from remelt.searchers import TrialState, build_searcher
 from remelt.verify import verify_merge
@@ -29,18 +28,19 @@ from remelt_evals.ladder import without_texts
 from remelt_jobs.candidates import (
     Candidate,
     bound_recipe,
-    checkpoint_identity,
     published_recipe,
     starting_candidates,
     with_absolute_paths,
 )
-from remelt_jobs.evaluator_pool import EvaluatorPool
+from remelt_jobs.evaluator_pool import EvaluatorPool, LazyPool
 from remelt_jobs.journal import Journal, Record, read_journal
 from remelt_jobs.lease import STALE_AFTER_SECONDS, Lease, take_lease
+from remelt_jobs.parts import Gathering, split_work
 from remelt_jobs.ray_session import ray_session
+from remelt_jobs.study_checks import check_identity, check_inputs, plan_ahead, refuse_foreign
 from remelt_jobs.study_config import StudyConfig
 from remelt_jobs.study_progress import OnProgress, Phase, StudyProgress, Watch, starting
-from remelt_jobs.study_result import BEST, EVALUATIONS, REPORTS, StudyResult, build_result
+from remelt_jobs.study_result import BEST, EVALUATIONS, REPORTS, RESULT_FILE, StudyResult, build_result
 from remelt_jobs.study_state import StudyState, outcome_fields
 from remelt_jobs.study_tables import write_candidate, write_trials_so_far
 from remelt_jobs.trial import Outcome, Work
@@ -48,7 +48,6 @@ from remelt_jobs.trial import Outcome, Work
 POLL_SECONDS = 1.0
 MAX_SHARE_OF_WRITING = 0.02
 """Of the driver's time, for the table of trials so far."""
-RESULT_FILE = "result.json"
 
 
 def run_study(
@@ -74,13 +73,13 @@ def run_study(
         StudyError: Another study or another driver has the directory, or nothing could be scored.
         RecipeError, CheckpointError, MismatchError, BudgetError: Before anything is started.
     """
-    _refuse_foreign(output)
+    refuse_foreign(output)
     state = StudyState.of(read_journal(output), *config.scoring)
-    _check_identity(config, state, output)
+    check_identity(config, state, output)
     if state.is_done and config.budget.is_spent(state.spent(), config.evaluators.gpus):
         return build_result(config, state, output, is_reused=True)
-    identity = _plan_ahead(config)
-    _check_inputs(identity, state, output)
+    identity = plan_ahead(config)
+    check_inputs(identity, state, output)
     progress = progress or (lambda step: None)
     with ExitStack() as stack:
         lease = stack.enter_context(
@@ -93,69 +92,6 @@ def run_study(
         stack.enter_context(ray_session(num_cpus=max(num_cpus, len(os.sched_getaffinity(0)))))
         study = _Study(config, output, lease, journal, executor, progress)
         return study.run(identity)
-
-
-def _refuse_foreign(output: Path) -> None:
-    """Refuse a directory that is no study's but holds something by a name that a study writes."""
-    if (output / "journal").is_dir():
-        return
-    taken = [name for name in (BEST, EVALUATIONS, RESULT_FILE, "lease", "journal") if (output / name).exists()]
-    if taken:
-        raise StudyError(f"{output} holds {', '.join(taken)}, and no study of ours; choose another --output")
-
-
-def _check_identity(config: StudyConfig, state: StudyState, output: Path) -> None:
-    if state.identity is not None and state.identity["study_id"] != config.study_id:
-        known, asked = state.identity["canonical"], config.canonical()
-        changed = ", ".join(key for key in asked if asked[key] != known.get(key)) or "its form"
-        raise StudyError(
-            f"{output} holds another study ({state.identity['study_id'][:12]}, this one is {config.study_id[:12]}; "
-            f"they differ in: {changed}); choose another --output"
-        )
-
-
-def _check_inputs(identity: Record, state: StudyState, output: Path) -> None:
-    """Refuse to go on with other weights, or with arithmetic that may give other bytes."""
-    known = state.identity
-    if known is None:
-        return
-    changed = [name for name, digest in identity["inputs"].items() if known["inputs"].get(name) != digest]
-    if changed:
-        raise StudyError(
-            f"{', '.join(changed)} changed since the study in {output} began, so its scores no longer hold; "
-            "put the old weights back, or choose another --output"
-        )
-    if known["numerics"] != identity["numerics"]:
-        raise NumericsError(
-            f"{output} was begun with numerics {known['numerics']}, this host computes with "
-            f"{identity['numerics']}; go on where it was begun, or choose another --output"
-        )
-
-
-def _plan_ahead(config: StudyConfig) -> Record:
-    """Refuse in seconds what could not be merged; returns the study's first record."""
-    indexes = open_checkpoints(config.recipe)
-    uniform = starting_candidates(config.recipe, config.space)[0]
-    plan = build_plan(config.recipe.bind(uniform.values), indexes)
-    if plan.warnings:
-        raise RecipeError("this recipe cannot be searched: " + "; ".join(plan.warnings))
-    evaluators, size = config.evaluators, plan.write_bytes
-    num_candidates = evaluators.count * evaluators.together
-    if evaluators.disk_bytes is not None and size * num_candidates > evaluators.disk_bytes:
-        raise StudyError(
-            f"{num_candidates} candidates of {size / 1e9:.2f} GB lie on disk at one time, above the "
-            f"{evaluators.disk_bytes / 1e9:.2f} GB of `evaluators: disk`; give more, or have fewer evaluators"
-        )
-    return {
-        "type": "study",
-        "study_id": config.study_id,
-        "canonical": config.canonical(),
-        "weights": list(config.scoring[1]),
-        "inputs": {
-            ref.name: checkpoint_identity(index) for ref, index in zip(config.recipe.checkpoints, indexes, strict=True)
-        },
-        "numerics": plan.settings.numerics,
-    }
 
 
 class _Study:
@@ -190,7 +126,7 @@ class _Study:
         self._begin(identity)
         self.inputs: dict[str, str] = identity["inputs"]
         with ExitStack() as stack:
-            pool = _LazyPool(self._pool, stack)
+            pool = LazyPool(self._pool, stack)
             self._search(pool)
             self._select(pool)
             self._report(pool, [number for number in self._baselines() if number != self.state.winner])
@@ -205,12 +141,12 @@ class _Study:
 
     def _begin(self, identity: Record) -> None:
         """Write what is studied, or compare it with what was: another driver may have come before us."""
-        _check_identity(self.config, self.state, self.output)
+        check_identity(self.config, self.state, self.output)
         if self.state.identity is None:
             self._record(identity)
             self._record({"type": "session"})
             return
-        _check_inputs(identity, self.state, self.output)
+        check_inputs(identity, self.state, self.output)
         self._record({"type": "session"})
 
     def _pool(self) -> EvaluatorPool:
@@ -232,21 +168,39 @@ class _Study:
 
     # Search
 
-    def _search(self, pool: _LazyPool) -> None:
+    def _search(self, pool: LazyPool) -> None:
         """Trials until the budget is spent: what a dead driver left, then the starts, then the searcher's."""
         abandoned = list(self.state.unfinished)
         watch = Watch(len(self.state.finished))
+        waiting: list[Mapping[str, Work]] = []
+        parts = self._gathering()
         while len(self.state.finished) < len(self.state.candidates) or self._may_ask():
             evaluators = pool.open()
-            while evaluators.has_room and (abandoned or self._may_ask()):
-                batch: list[Candidate] = []
-                while len(batch) < self.config.evaluators.together and (abandoned or self._may_ask()):
-                    batch.append(abandoned.pop(0) if abandoned else self._ask())
-                evaluators.submit({str(one.number): self._work(one, "search") for one in batch})
-            for key, outcome in evaluators.wait(POLL_SECONDS).items():
-                self._finish_trial(self.state.candidates[int(key)], outcome)
+            while evaluators.has_room and (waiting or abandoned or self._may_ask()):
+                if not waiting:
+                    batch: list[Candidate] = []
+                    while len(batch) < self.config.evaluators.together and (abandoned or self._may_ask()):
+                        batch.append(abandoned.pop(0) if abandoned else self._ask())
+                    waiting = self._pieces({one.number: self._work(one, "search") for one in batch})
+                evaluators.submit(waiting.pop(0))
+            for number, outcome in parts.take(evaluators.wait(POLL_SECONDS)).items():
+                self._finish_trial(self.state.candidates[number], outcome)
                 total = self.config.budget.trials or len(self.state.candidates)
-                self._tell("search", watch, len(self.state.finished), total, self._sentence(int(key)))
+                self._tell("search", watch, len(self.state.finished), total, self._sentence(number))
+
+    def _pieces(self, works: Mapping[int, Work]) -> list[Mapping[str, Work]]:
+        """What evaluators are given one by one: several candidates, or a part of one."""
+        evaluators, num_entries = self.config.evaluators, len(self.config.suite.tasks)
+        if evaluators.parts == 1:
+            return [{str(number): work for number, work in works.items()}]
+        return [
+            {key: part}
+            for number, work in works.items()
+            for key, part in split_work(number, work, num_entries, evaluators.parts).items()
+        ]
+
+    def _gathering(self) -> Gathering:
+        return Gathering(len(self.config.suite.tasks), self.config.evaluators.parts)
 
     def _may_ask(self) -> bool:
         """Whether another candidate is wanted; the starts always are.
@@ -329,7 +283,7 @@ class _Study:
 
     # Selection
 
-    def _select(self, pool: _LazyPool) -> None:
+    def _select(self, pool: LazyPool) -> None:
         """Score the finalists on selection items, and name the winner."""
         finalists = self.state.finalists(self.config.finalists)
         if not finalists:
@@ -341,7 +295,7 @@ class _Study:
         if winner != self.state.winner:
             self._record({"type": "winner", "trial": winner, "finalists": finalists})
 
-    def _score(self, pool: _LazyPool, role: Literal["selection", "report"], works: dict[int, Work]) -> None:
+    def _score(self, pool: LazyPool, role: Literal["selection", "report"], works: dict[int, Work]) -> None:
         """Score candidates on the items of a role, those that have no score yet; failures are recorded.
 
         What failed under an earlier driver is tried again: a time-out or a lost node may have been of the moment.
@@ -349,13 +303,17 @@ class _Study:
         waiting = [number for number in works if not self._is_settled(role, number)]
         total, watch = len(waiting), Watch(0)
         num_done = 0
+        pieces: list[Mapping[str, Work]] = []
+        parts = self._gathering()
         while num_done < total:
             evaluators = pool.open()
-            while waiting and evaluators.has_room:
-                batch, waiting = waiting[: self.config.evaluators.together], waiting[self.config.evaluators.together :]
-                evaluators.submit({str(number): works[number] for number in batch})
-            for key, outcome in evaluators.wait(POLL_SECONDS).items():
-                number = int(key)
+            while (waiting or pieces) and evaluators.has_room:
+                if not pieces:
+                    together = self.config.evaluators.together
+                    batch, waiting = waiting[:together], waiting[together:]
+                    pieces = self._pieces({number: works[number] for number in batch})
+                evaluators.submit(pieces.pop(0))
+            for number, outcome in parts.take(evaluators.wait(POLL_SECONDS)).items():
                 self._keep_report(self.state.candidates[number], outcome)
                 self._scored_now.add((role, number))
                 self._record({"type": "scored", "role": role, "trial": number, **outcome_fields(outcome)})
@@ -370,7 +328,7 @@ class _Study:
 
     # Publication and report
 
-    def _publish(self, pool: _LazyPool) -> None:
+    def _publish(self, pool: LazyPool) -> None:
         """Merge the winner for real, verify it, and see that it is what was scored."""
         winner = self.state.winner
         assert winner is not None
@@ -408,7 +366,7 @@ class _Study:
         """Trials of the uniform merge and of every single parent."""
         return [one.number for one in self.starts if one.origin in ("uniform", "parent")]
 
-    def _report(self, pool: _LazyPool, numbers: Iterable[int]) -> None:
+    def _report(self, pool: LazyPool, numbers: Iterable[int]) -> None:
         """Score on report items. The winner is read from where it was published."""
         works = {}
         for number in numbers:
@@ -458,27 +416,6 @@ class _Study:
                 last=last,
             )
         )
-
-
-class _LazyPool:
-    """A pool that starts when it is first wanted: a resumed study may have nothing left to score."""
-
-    def __init__(self, make: Callable[[], EvaluatorPool], stack: ExitStack) -> None:
-        self._make, self._stack = make, stack
-        self._pool: EvaluatorPool | None = None
-
-    def open(self) -> EvaluatorPool:
-        if self._pool is None:
-            self._pool = self._stack.enter_context(self._make())
-        return self._pool
-
-    def make_room(self) -> None:
-        """Leave a CPU to others: idle evaluators that hold them all are ended, and start anew when wanted."""
-        import ray
-
-        if self._pool is not None and ray.available_resources().get("CPU", 0) < 1:
-            self._stack.close()
-            self._pool = None
 
 
 def _ray_executor() -> Executor:

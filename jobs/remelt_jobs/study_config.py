@@ -7,7 +7,7 @@
     objective: macro mean         # or standardised mean, mean rank, worst task, several
     budget: {trials: 60}          # the first to be spent of trials, gpu_hours and wall_hours ends the search
     fidelity: [50, 200]           # score so many items of each eval task first; what is clearly worse stops there
-    evaluators: {count: 2, together: 1, nodes: 1, cpus: 1, gpus: 0, memory: 4GB, disk: 40GB, timeout_seconds: 1800}
+    evaluators: {count: 2, nodes: 1, cpus: 1, gpus: 0, memory: 4GB, disk: 40GB, timeout_seconds: 1800}
     backend: {name: hf, device: cpu, dtype: auto}    # or {name: lm_eval, model: vllm, interpreter: P}
     cache: evaluations            # folder of evaluations by id, for all studies that name it
     finalists: 4                  # scored again on selection items, beside the best parent and the uniform merge
@@ -92,6 +92,8 @@ class Evaluators:
     together: int = 1
     """Candidates that an evaluator takes at one time and merges in one read of the parents; each takes a model's
     memory, or a candidate's disk."""
+    parts: int = 1
+    """How many evaluators score one candidate at a time, each on other entries of the suite."""
     nodes: int = 1
     """Of one evaluator: CPUs, GPUs and memory are those of each of its nodes, had all at once or not at all."""
     cpus: float = 1
@@ -262,6 +264,7 @@ def _read_evaluators(section: Section) -> Evaluators:
         (
             "count",
             "together",
+            "parts",
             "nodes",
             "cpus",
             "gpus",
@@ -277,6 +280,7 @@ def _read_evaluators(section: Section) -> Evaluators:
     return Evaluators(
         count=section.integer("count", default.count, low=1),
         together=section.integer("together", default.together, low=1),
+        parts=section.integer("parts", default.parts, low=1),
         nodes=section.integer("nodes", default.nodes, low=1),
         cpus=section.number("cpus", default.cpus, low=0),
         gpus=section.number("gpus", default.gpus, low=0),
@@ -318,6 +322,11 @@ def _check(config: StudyConfig) -> None:
         )
     if config.softmax and not config.recipe.constraints.simplex:
         raise StudyError("simplex: softmax, but the recipe has no `constraints: {simplex: [...]}` to search by it")
+    if config.evaluators.parts > 1 and (config.fidelity or config.evaluators.together > 1):
+        raise StudyError(
+            "evaluators: parts divides a candidate's entries among evaluators; leave out fidelity, which decides by "
+            "all entries at once, and together"
+        )
     missing = [role for role in ROLES if role not in config.suite.roles]
     if missing:
         raise StudyError(

@@ -24,6 +24,7 @@ EVALUATIONS = "evaluations"
 """Folder in the study's output with the evaluations on report items, as JSON."""
 BEST = "best"
 REPORTS = "reports"
+RESULT_FILE = "result.json"
 
 
 class AbilityScore(NamedTuple):

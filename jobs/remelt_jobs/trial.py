@@ -47,6 +47,8 @@ class Work:
     threads: int = 1
     resident: bool = True
     """Merge candidates into the memory of the loaded model where the backend and the architecture allow it."""
+    entries: tuple[int, ...] | None = None
+    """Of the suite, to score these alone; None is all of them."""
     rungs: tuple[int | None, ...] = (None,)
     """Fidelities to go through, as limits on the items of each eval task; the last is the one that counts."""
     incumbent: EvalReport | None = None
@@ -188,6 +190,7 @@ class TrialEvaluator:
                     role=work.role,
                     limit=limit,
                     suite_digest=work.suite_digest,
+                    entries=work.entries,
                 ),
                 None if work.cache is None else Path(work.cache),
             )

@@ -7,6 +7,7 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,14 @@ from numpy.typing import NDArray
 
 from remelt.errors import EvaluationError
 from remelt_evals.backends import BackendOptions
-from remelt_evals.eval_report import EvalReport, EvalRequest, objective, report_from_json, report_to_json
+from remelt_evals.eval_report import (
+    EvalReport,
+    EvalRequest,
+    join_reports,
+    objective,
+    report_from_json,
+    report_to_json,
+)
 from remelt_evals.evaluator import Evaluator
 
 HF = BackendOptions(name="hf", threads=1)
@@ -256,6 +264,22 @@ def test_generated_text_is_scored_by_the_named_filter(dummy: Evaluator, make_sui
     assert (task.value, task.stderr, task.filter) == (1.0, 0.0, "integer")
     assert task.samples[0].response == "0"
     assert task.samples[0].loglik == ()
+
+
+def test_parts_of_a_suite_join_to_the_whole(checkpoints: dict[str, Path], suite_path: Path) -> None:
+    evaluator = Evaluator(HF)
+    asked = request(str(checkpoints["first"]), suite_path)
+    whole = evaluator.evaluate(asked)
+    parts = {entries: evaluator.evaluate(replace(asked, entries=entries)) for entries in ((1,), (0,))}
+    joined = join_reports(parts)
+    assert [task.task for task in joined.tasks] == [task.task for task in whole.tasks]
+    for one, other in zip(joined.tasks, whole.tasks, strict=True):
+        assert (one.value, one.stderr, one.n) == pytest.approx((other.value, other.stderr, other.n), rel=1e-5)
+    assert len({report.evaluation_id for report in (joined, whole, *parts.values())}) == 4
+    assert evaluator.evaluation_id(replace(asked, entries=(1,))) == parts[1,].evaluation_id
+    with pytest.raises(EvaluationError, match="has 2 entries"):
+        evaluator.evaluate(replace(asked, entries=(2,)))
+    evaluator.close()
 
 
 def test_code_of_the_model_runs_only_where_the_suite_allows_it_by_name(

@@ -21,6 +21,7 @@ from remelt_jobs import study as study_module
 from remelt_jobs.journal import Journal, Record, read_journal
 from remelt_jobs.lease import take_lease
 from remelt_jobs.study import run_study
+from remelt_jobs.study_checks import plan_ahead
 from remelt_jobs.study_config import StudyConfig, parse_study
 from remelt_jobs.study_progress import StudyProgress
 from remelt_jobs.study_report import print_study, progress_line, study_files
@@ -273,7 +274,7 @@ def test_a_pool_that_changed_since_the_study_began_is_refused(
 
     monkeypatch.setattr(study_module, "ray_session", no_cluster)
     with take_lease(tmp_path / "study").kept_alive() as lease, Journal(tmp_path / "study", lease) as journal:
-        journal.append(study_module._plan_ahead(config) | {"at": "2026-01-01T00:00:00.000+00:00"})
+        journal.append(plan_ahead(config) | {"at": "2026-01-01T00:00:00.000+00:00"})
     with pytest.raises(ExecutionError, match="no cluster"):
         run_study(config, tmp_path / "study")
     kept = sorted(tmp_path.glob("study/journal/*"))

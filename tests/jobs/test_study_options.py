@@ -141,6 +141,22 @@ def test_a_wall_budget_ends_the_search_but_not_the_starts(
 
 @pytest.mark.slow
 @pytest.mark.ray
+def test_entries_of_a_suite_are_scored_apart_and_make_one_trial(
+    cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path: Path
+) -> None:
+    evaluators = {"count": 2, "cpus": 1, "parts": 2}
+    document = make_document(parents, suite_file, searcher="random", budget={"trials": 7}, evaluators=evaluators)
+    result = run_study(parse_study(document), tmp_path / "study")
+    finished = by_type(read_journal(tmp_path / "study"), "finished")
+    assert sorted(record["trial"] for record in finished) == list(range(7))
+    assert all(list(record["abilities"]) == ["sums", "words"] for record in finished)
+    runs = read_table(result.reports, "runs").to_pylist()
+    assert len(runs) == len({row["evaluation_id"] for row in runs})
+    assert [[score.ability for score in row.abilities] for row in result.rows] == [["sums", "words"]] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 def test_what_the_searcher_learned_is_told_at_the_end(
     cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path: Path
 ) -> None:
