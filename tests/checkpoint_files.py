@@ -35,8 +35,9 @@ def write_raw(path: Path, header: object, data: bytes, *, announced: int | None 
 
 
 def write_file(path: Path, tensors: Tensors) -> Path:
-    """Write a sound safetensors file."""
-    return write_raw(path, header_of(tensors), b"".join(array.tobytes() for _, array in tensors.values()))
+    """Write a sound safetensors file, its header padded to eight bytes as the library does."""
+    text = json.dumps(header_of(tensors)).encode()
+    return write_raw(path, text + b" " * (-len(text) % 8), b"".join(array.tobytes() for _, array in tensors.values()))
 
 
 def write_sharded(root: Path, shards: Mapping[str, Tensors], **changes: object) -> Path:

@@ -29,7 +29,7 @@ from remelt_evals.eval_report import (
     TaskReport,
     evaluation_id,
 )
-from remelt_evals.lm_tasks import TaskBuilder, check_disjoint, item_hashes, prepare_environment
+from remelt_evals.lm_tasks import TaskBuilder, allow_code, check_disjoint, item_hashes, prepare_environment
 from remelt_evals.suite import Suite, load_suite
 
 if TYPE_CHECKING:
@@ -196,9 +196,10 @@ class Evaluator:
         return suite
 
     def _prepare(self, suite: Suite) -> None:
+        allow_code(suite)
         if self._offline is None:
             self._offline = suite.is_local
-            prepare_environment(self._folder.name, offline=suite.is_local, execute_code=bool(suite.execute_code))
+            prepare_environment(self._folder.name, offline=suite.is_local)
         elif self._offline != suite.is_local:
             raise EvaluationError(
                 f"suite {suite.name} {'lies on disk' if suite.is_local else 'fetches its items'}, but this evaluator "

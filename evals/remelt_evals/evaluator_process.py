@@ -247,7 +247,7 @@ class EvaluatorProcess:
 def _spawn(interpreter: str, options: BackendOptions) -> _Child:
     request_read, request_write = os.pipe()
     response_read, response_write = os.pipe()
-    folder = tempfile.TemporaryDirectory(prefix="remelt-evaluator-", ignore_cleanup_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix="remelt-", ignore_cleanup_errors=True)
     log = tempfile.TemporaryFile(dir=folder.name)  # noqa: SIM115 (lives as long as the child)
     arguments = [str(request_read), str(response_write), canonical_json(asdict(options)), folder.name]
     try:

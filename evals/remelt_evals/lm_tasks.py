@@ -122,7 +122,15 @@ def check_disjoint(suite: Suite, hashes: Mapping[Role, Mapping[str, Sequence[str
     return tuple(notes)
 
 
-def prepare_environment(cache_dir: str, *, offline: bool, execute_code: bool) -> None:
+def allow_code(suite: Suite) -> None:
+    """Let the metrics that run code do so, or not; they ask on their own, beside lm-eval, each time.
+
+    Which eval tasks may is checked as they are built.
+    """
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if suite.execute_code else "0"
+
+
+def prepare_environment(cache_dir: str, *, offline: bool) -> None:
     """Set what lm-eval and its libraries read from the environment; call it before they are imported.
 
     No network for local suites; no process pool for standard errors (lm-eval forks one for each CPU); its request
@@ -132,9 +140,6 @@ def prepare_environment(cache_dir: str, *, offline: bool, execute_code: bool) ->
     os.environ["LM_HARNESS_CACHE_PATH"] = str(Path(cache_dir) / "requests")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["TQDM_DISABLE"] = "1"
-    if execute_code:
-        # The metric asks on its own, beside lm-eval; which tasks may is checked as they are built.
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"

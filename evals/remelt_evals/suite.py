@@ -178,7 +178,7 @@ def _read_execute_code(section: Section, tasks: tuple[SuiteTask, ...]) -> tuple[
     known = {name for task in tasks for role in ROLES if (name := task.task_name(role))}
     names = section.items("execute_code") if section.has("execute_code") else ()
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             section.refuse(f"the suite runs no lm-eval task {name!r}; {suggestion(str(name), known)}", "execute_code")
     return tuple(sorted(names))
 

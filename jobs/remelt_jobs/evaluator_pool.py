@@ -52,8 +52,13 @@ class _Slot:
     """The placement group of an evaluator of several nodes."""
     is_up: bool = False
     job: _Job | None = None
-    first_bytes: int = 0
+    first_bytes: dict[int, int] = field(default_factory=dict)
+    """Memory after the first job with so many candidates."""
     pid: int = 0
+
+    def has_grown(self, num_candidates: int, memory_bytes: int) -> bool:
+        """Whether it holds far more than after its first job of this size."""
+        return has_grown(self.first_bytes.setdefault(num_candidates, memory_bytes), memory_bytes)
 
 
 @dataclass(slots=True)
@@ -173,12 +178,12 @@ class EvaluatorPool:
         if job is None:
             slot.is_up, slot.pid, self._start_failures = True, results, 0
             return {}
-        memory_bytes = results[-1].memory_bytes
-        slot.first_bytes = slot.first_bytes or memory_bytes
-        is_sound = all(outcome.is_evaluator_sound for outcome in results)
-        if not is_sound or has_grown(slot.first_bytes, memory_bytes):
+        is_sound = len(results) == len(job.works) and all(outcome.is_evaluator_sound for outcome in results)
+        if not is_sound or slot.has_grown(len(results), results[-1].memory_bytes):
             self._replace(slot)
-        return dict(zip(job.works, results, strict=True))
+        # What it did not come to is another evaluator's.
+        self._lost += job.split()[len(results) :]
+        return dict(zip(job.works, results, strict=False))
 
     def _lose(self, job: _Job, reason: str, *, is_final: bool = False) -> Mapping[str, Outcome]:
         """Put a job that has no outcome back, candidate by candidate; one by itself is given up at last."""

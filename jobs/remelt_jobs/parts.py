@@ -5,27 +5,37 @@ Every part makes the candidate for itself; the same weights, as their digests sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from remelt.errors import EvaluationError
 from remelt_evals.eval_report import join_reports
+from remelt_evals.suite import Suite
 from remelt_jobs.trial import Outcome, Work
 
 
-def split_work(number: int, work: Work, num_entries: int, num_parts: int) -> dict[str, Work]:
-    """The parts of a candidate's work by key; entries are dealt out in turn, none of the parts is empty."""
-    if num_parts == 1:
+def deal_entries(suite: Suite, num_parts: int) -> tuple[tuple[int, ...], ...]:
+    """The suite's entries in parts, in turn; entries that one lm-eval task serves stay together, no part is empty."""
+    tasks: dict[tuple[str | None, ...], list[int]] = {}
+    for place, entry in enumerate(suite.tasks):
+        tasks.setdefault((entry.search, entry.selection, entry.report), []).append(place)
+    groups = list(tasks.values())
+    dealt = [groups[part::num_parts] for part in range(min(num_parts, len(groups)))]
+    return tuple(tuple(sorted(place for group in each for place in group)) for each in dealt)
+
+
+def split_work(number: int, work: Work, parts: Sequence[tuple[int, ...]]) -> dict[str, Work]:
+    """The parts of a candidate's work by key; as it is, where there is one part."""
+    if len(parts) == 1:
         return {str(number): work}
-    places = [tuple(range(part, num_entries, num_parts)) for part in range(min(num_parts, num_entries))]
-    return {f"{number}/{part}": replace(work, entries=entries) for part, entries in enumerate(places)}
+    return {f"{number}/{part}": replace(work, entries=entries) for part, entries in enumerate(parts)}
 
 
 class Gathering:
     """Holds parts until their candidate is whole."""
 
-    def __init__(self, num_entries: int, num_parts: int) -> None:
-        self._num_entries, self._num_parts = num_entries, min(num_parts, num_entries)
+    def __init__(self, parts: Sequence[tuple[int, ...]]) -> None:
+        self._entries = parts
         self._parts: dict[int, dict[int, Outcome]] = {}
 
     def take(self, outcomes: Mapping[str, Outcome]) -> dict[int, Outcome]:
@@ -38,18 +48,14 @@ class Gathering:
                 continue
             parts = self._parts.setdefault(int(number), {})
             parts[int(part)] = outcome
-            if len(parts) == self._num_parts:
+            if len(parts) == len(self._entries):
                 whole[int(number)] = self._join(self._parts.pop(int(number)))
         return whole
 
     def _join(self, parts: Mapping[int, Outcome]) -> Outcome:
         outcomes = [parts[part] for part in sorted(parts)]
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
-        reports = {
-            tuple(range(part, self._num_entries, self._num_parts)): outcome.report
-            for part, outcome in parts.items()
-            if outcome.report is not None
-        }
+        reports = {self._entries[part]: outcome.report for part, outcome in parts.items() if outcome.report is not None}
         failure, report = failures[0] if failures else None, None
         if len(reports) == len(parts):
             try:

@@ -35,7 +35,7 @@ from remelt_jobs.candidates import (
 from remelt_jobs.evaluator_pool import EvaluatorPool, LazyPool
 from remelt_jobs.journal import Journal, Record, read_journal
 from remelt_jobs.lease import STALE_AFTER_SECONDS, Lease, take_lease
-from remelt_jobs.parts import Gathering, split_work
+from remelt_jobs.parts import Gathering, deal_entries, split_work
 from remelt_jobs.ray_session import ray_session
 from remelt_jobs.study_checks import check_identity, check_inputs, plan_ahead, refuse_foreign
 from remelt_jobs.study_config import StudyConfig
@@ -119,6 +119,7 @@ class _Study:
         """What this driver has scored on selection and report items."""
         self.recipe = with_absolute_paths(config.recipe)
         self.reports = config.reports or output / REPORTS
+        self.parts = deal_entries(config.suite, config.evaluators.parts)
         self.starts = starting_candidates(config.recipe, config.space)
         self.searcher = build_searcher(config.searcher, config.space, config.seed, config.searcher_options)
 
@@ -157,8 +158,8 @@ class _Study:
 
     def _scratch_name(self) -> str:
         """Of this study in this directory: the same study may run elsewhere on the machine at the same time."""
-        place = hashlib.sha256(str(self.output.absolute()).encode()).hexdigest()
-        return f"{self.config.study_id[:12]}{place[:8]}"
+        key = f"{self.config.study_id} {self.output.absolute()}"
+        return hashlib.sha256(key.encode()).hexdigest()[:10]
 
     def _record(self, record: Record) -> None:
         """To the journal, then to the state: what was not written did not happen."""
@@ -173,34 +174,37 @@ class _Study:
         abandoned = list(self.state.unfinished)
         watch = Watch(len(self.state.finished))
         waiting: list[Mapping[str, Work]] = []
-        parts = self._gathering()
+        parts = Gathering(self.parts)
         while len(self.state.finished) < len(self.state.candidates) or self._may_ask():
             evaluators = pool.open()
             while evaluators.has_room and (waiting or abandoned or self._may_ask()):
                 if not waiting:
-                    batch: list[Candidate] = []
-                    while len(batch) < self.config.evaluators.together and (abandoned or self._may_ask()):
-                        batch.append(abandoned.pop(0) if abandoned else self._ask())
+                    batch = self._take(abandoned)
                     waiting = self._pieces({one.number: self._work(one, "search") for one in batch})
                 evaluators.submit(waiting.pop(0))
             for number, outcome in parts.take(evaluators.wait(POLL_SECONDS)).items():
                 self._finish_trial(self.state.candidates[number], outcome)
                 total = self.config.budget.trials or len(self.state.candidates)
                 self._tell("search", watch, len(self.state.finished), total, self._sentence(number))
+        write_trials_so_far(self.reports, self.config, self.state)
+
+    def _take(self, abandoned: list[Candidate]) -> list[Candidate]:
+        """The next candidates for one evaluator: merges together, and a checkpoint that is scored as it lies alone."""
+        batch = [abandoned.pop(0) if abandoned else self._ask()]
+        while len(batch) < self.config.evaluators.together and (abandoned or self._may_ask()):
+            number = len(self.state.candidates)
+            start = self.starts[number] if number < len(self.starts) else None
+            following = abandoned[0] if abandoned else start
+            if batch[0].model is not None or (following is not None and following.model is not None):
+                break
+            batch.append(abandoned.pop(0) if abandoned else self._ask())
+        return batch
 
     def _pieces(self, works: Mapping[int, Work]) -> list[Mapping[str, Work]]:
         """What evaluators are given one by one: several candidates, or a part of one."""
-        evaluators, num_entries = self.config.evaluators, len(self.config.suite.tasks)
-        if evaluators.parts == 1:
+        if len(self.parts) == 1:
             return [{str(number): work for number, work in works.items()}]
-        return [
-            {key: part}
-            for number, work in works.items()
-            for key, part in split_work(number, work, num_entries, evaluators.parts).items()
-        ]
-
-    def _gathering(self) -> Gathering:
-        return Gathering(len(self.config.suite.tasks), self.config.evaluators.parts)
+        return [{key: part} for number in works for key, part in split_work(number, works[number], self.parts).items()]
 
     def _may_ask(self) -> bool:
         """Whether another candidate is wanted; the starts always are.
@@ -304,13 +308,16 @@ class _Study:
         total, watch = len(waiting), Watch(0)
         num_done = 0
         pieces: list[Mapping[str, Work]] = []
-        parts = self._gathering()
+        parts = Gathering(self.parts)
         while num_done < total:
             evaluators = pool.open()
             while (waiting or pieces) and evaluators.has_room:
                 if not pieces:
-                    together = self.config.evaluators.together
-                    batch, waiting = waiting[:together], waiting[together:]
+                    # No more together than leaves something for every evaluator.
+                    most = min(self.config.evaluators.together, -(-len(waiting) // self.config.evaluators.count))
+                    is_merged = [works[number].recipe is not None for number in waiting[:most]]
+                    count = max(1, is_merged.index(False) if False in is_merged else most)
+                    batch, waiting = waiting[:count], waiting[count:]
                     pieces = self._pieces({number: works[number] for number in batch})
                 evaluators.submit(pieces.pop(0))
             for number, outcome in parts.take(evaluators.wait(POLL_SECONDS)).items():

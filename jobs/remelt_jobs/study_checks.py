@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from remelt.checkpoint import CheckpointIndex
 from remelt.errors import NumericsError, RecipeError, StudyError
 from remelt.merge import open_checkpoints
-from remelt.planner import build_plan
+from remelt.planner import Budget, build_plan
 from remelt_jobs.candidates import checkpoint_identity, starting_candidates
 from remelt_jobs.journal import Record
 from remelt_jobs.study_config import StudyConfig
@@ -51,6 +53,29 @@ def check_inputs(identity: Record, state: StudyState, output: Path) -> None:
         )
 
 
+def _check_memory(
+    config: StudyConfig, values: Mapping[str, float], indexes: Sequence[CheckpointIndex], size: int
+) -> None:
+    """Refuse candidates that an evaluator could not merge together within the memory that it asks for.
+
+    Raises:
+        BudgetError: their plan is above half of it, which is what a merge may hold.
+        StudyError: the plan and the models of all of them are above it.
+    """
+    evaluators = config.evaluators
+    if evaluators.memory_bytes is None:
+        return
+    budget = Budget(memory_bytes=evaluators.memory_bytes // 2, threads=max(1, int(evaluators.cpus)))
+    plan = build_plan([config.recipe.bind(values)] * evaluators.together, indexes, budget)
+    needed = plan.projection.total_bytes + evaluators.together * size
+    if evaluators.together > 1 and evaluators.resident and needed > evaluators.memory_bytes:
+        raise StudyError(
+            f"evaluators: {evaluators.together} candidates together take {needed / 1e9:.2f} GB (a model of "
+            f"{size / 1e9:.2f} GB each, and the merge), above `memory: {evaluators.memory_bytes / 1e9:.2f} GB`; give "
+            "more, take fewer together, or send them by disk with `resident: false`"
+        )
+
+
 def plan_ahead(config: StudyConfig) -> Record:
     """Refuse in seconds what could not be merged; returns the study's first record."""
     indexes = open_checkpoints(config.recipe)
@@ -65,6 +90,7 @@ def plan_ahead(config: StudyConfig) -> Record:
             f"{num_candidates} candidates of {size / 1e9:.2f} GB lie on disk at one time, above the "
             f"{evaluators.disk_bytes / 1e9:.2f} GB of `evaluators: disk`; give more, or have fewer evaluators"
         )
+    _check_memory(config, uniform.values, indexes, size)
     return {
         "type": "study",
         "study_id": config.study_id,

@@ -8,6 +8,7 @@ replaced after an error, a time-out or growth in memory (see `evaluator_pool`).
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -28,6 +29,14 @@ from remelt_evals.evaluator_process import EvaluatorProcess
 from remelt_evals.ladder import Estimate, stop_early
 from remelt_jobs.candidates import open_for_evaluation
 from remelt_jobs.lease import fence_name, host_name
+
+
+def scratch_folder(scratch: str | None) -> Path:
+    """Where this user's evaluators keep candidates and temporary files.
+
+    Names below it are short: servers put Unix sockets there, whose paths have 107 characters at most.
+    """
+    return Path(scratch or tempfile.gettempdir()) / f"remelt-{os.getuid()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +106,13 @@ class TrialEvaluator:
                 they left is removed.
             slot: No other live evaluator of the driver has it; a successor does, and removes what a killed one left.
         """
-        folder = Path(scratch or tempfile.gettempdir()) / f"remelt-{os.getuid()}"
+        folder = scratch_folder(scratch)
         own = folder / f"{name}-{fence_name(fence)}-{slot}"
         for other in folder.glob(f"{name}-*"):
             if other == own or other.name < f"{name}-{fence_name(fence)}":
                 shutil.rmtree(other, ignore_errors=True)
-        self._scratch, temporary = own / "candidates", own / "tmp"
-        temporary.mkdir(parents=True)
+        self._scratch, temporary = own / "candidates", own / "t"
+        temporary.mkdir(parents=True, exist_ok=True)
         # Actors are killed, never closed: what libraries leave must lie where a successor looks.
         tempfile.tempdir = str(temporary)
         self._evaluator = _make_evaluator(backend)
@@ -118,16 +127,27 @@ class TrialEvaluator:
         shutil.rmtree(self._scratch.parent, ignore_errors=True)
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
-        """Make and score candidates of one recipe. What is wrong with one is an outcome; anything else raises."""
+        """Make and score candidates of one recipe. What is wrong with one is an outcome; anything else raises.
+
+        Returns:
+            Their outcomes, in order. Where this process should not take another candidate, the last of them says so,
+            and those that it has not come to are left out.
+        """
         if len(works) > 1 and any(work.recipe is None for work in works):
             return self._run_each(works)  # a checkpoint that is scored as it lies pushes candidates out of memory
         started = time.monotonic()
+        made: list[_Made] = []
         try:
             made = self._make(works)
         except RemeltError as error:
-            if len(works) > 1:
-                return self._run_each(works)
-            return [self._failure(error, _Made("", None, None), started, 0.0)]
+            if len(works) == 1:
+                return [self._failure(error, _Made("", None, None), started, 0.0)]
+            if isinstance(error, EvaluationError):
+                return []  # not this process again: the pool gives them to another, one by one
+        if not made:
+            # Out of the handler, whose traceback holds the models of all of them.
+            gc.collect()
+            return self._run_each(works)
         merge_seconds = (time.monotonic() - started) / len(works)
         outcomes: list[Outcome] = []
         try:
@@ -137,12 +157,16 @@ class TrialEvaluator:
                     break
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
-        # What else was held is gone with the evaluator's process, or no longer to be trusted.
-        return outcomes + self._run_each(works[len(outcomes) :])
+        return outcomes
 
     def _run_each(self, works: Sequence[Work]) -> list[Outcome]:
         """One after another, so that what is wrong with one is no other's failure."""
-        return [outcome for work in works for outcome in self.run([work])]
+        outcomes: list[Outcome] = []
+        for work in works:
+            outcomes += self.run([work])
+            if not outcomes[-1].is_evaluator_sound:
+                break
+        return outcomes
 
     def _score(self, work: Work, made: _Made, merge_seconds: float) -> Outcome:
         started = time.monotonic()

@@ -158,7 +158,8 @@ class RangeReader:
         """All bytes of a raw tensor, mapped into memory, and read ahead by the system; unmapped with the array.
 
         For who looks at a tensor more than once: what is in the page cache needs no copy. Its pages count as this
-        process's memory while they are mapped. A file that is cut short meanwhile ends the process (SIGBUS).
+        process's memory while they are mapped. Where a page cannot be read any more (the file was cut short, the disk
+        fails, a network mount is gone) the process ends with SIGBUS.
 
         Returns:
             The bytes, read-only; None where kernels could not take them as they lie.

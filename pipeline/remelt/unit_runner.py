@@ -108,14 +108,19 @@ class _TensorWork:
 
     def windows(self, readers: Sequence[RangeReader]) -> list[Bytes]:
         """The sources, mapped whole; none where one of them cannot be. They count against the arena's place."""
-        if self._windows is None:
+        windows = self._windows
+        if windows is None:
             with self._windows_lock:
-                if self._windows is None:
-                    windows = [readers[place].window(info) for place, info in self.planned.sources]
-                    self._windows = [window for window in windows if window is not None]
-                    if len(self._windows) < len(windows):
-                        self._windows = []
-        return self._windows
+                windows = self._windows
+                if windows is None:
+                    found = [readers[place].window(info) for place, info in self.planned.sources]
+                    mapped = [window for window in found if window is not None]
+                    windows = self._windows = mapped if len(mapped) == len(found) else []
+        return windows
+
+    def let_go(self) -> None:
+        """Unmap the sources, though threads that wait and outputs that are not yet written still know this tensor."""
+        self._windows = []
 
     def held_view(self, source: int, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of a source in the arena."""
@@ -314,6 +319,7 @@ class UnitRunner:
                 work.num_rounds = max(program.num_rounds for program in work.programs)
             else:
                 self._active.remove(work)
+                work.let_go()
                 if work.arena_start >= 0:
                     self._arena.give_back(work.arena_start)
                 if not self._are_parents_known:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from remelt_evals.eval_report import EvalReport, TaskReport
-from remelt_jobs.parts import Gathering, split_work
+from remelt_evals.suite import Suite, SuiteTask
+from remelt_jobs.parts import Gathering, deal_entries, split_work
 from remelt_jobs.trial import Outcome, Work
 
 WORK = Work(recipe=None, checkpoint="c", role="search", suite="s", suite_digest="d")
@@ -51,21 +50,46 @@ def report(entries: tuple[int, ...], digest: str = "weights", error: str | None 
     )
 
 
-@pytest.mark.parametrize(("num_entries", "num_parts"), [(5, 2), (4, 4), (2, 3), (1, 2), (7, 1)])
-def test_every_entry_is_in_one_part(num_entries: int, num_parts: int) -> None:
-    parts = split_work(3, WORK, num_entries, num_parts)
-    if num_parts == 1:
-        assert parts == {"3": WORK}
-        return
-    dealt = [place for part in parts.values() for place in part.entries or ()]
-    assert sorted(dealt) == list(range(num_entries))
-    assert all(part.entries for part in parts.values())
-    assert len(parts) == min(num_parts, num_entries)
+def suite_of(*tasks: str) -> Suite:
+    entries = tuple(
+        SuiteTask(
+            ability=f"ability {place}",
+            metric="acc",
+            weight=1.0,
+            search=f"{task}_search",
+            selection=None,
+            report=f"{task}_report",
+            num_fewshot=0,
+            limit=None,
+        )
+        for place, task in enumerate(tasks)
+    )
+    return Suite(
+        name="s",
+        path="s.yaml",
+        tasks=entries,
+        batch_size=1,
+        allow_overlap=False,
+        execute_code=(),
+        task_files={},
+        digest="d",
+    )
 
 
-def test_a_candidate_is_whole_when_its_last_part_comes_and_in_the_suites_order(tmp_path: Path) -> None:
-    parts = {part: split_work(part, WORK, 5, 2) for part in (0, 1)}
-    gathering = Gathering(5, 2)
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 9])
+def test_every_entry_is_in_one_part_and_entries_of_one_eval_task_stay_together(num_parts: int) -> None:
+    parts = deal_entries(suite_of("a", "b", "a", "c", "d"), num_parts)
+    assert sorted(place for part in parts for place in part) == list(range(5))
+    assert len(parts) == min(num_parts, 4) and all(parts)
+    assert any({0, 2} <= set(part) for part in parts)
+    works = split_work(3, WORK, parts)
+    assert [work.entries for work in works.values()] == ([None] if num_parts == 1 else list(parts))
+
+
+def test_a_candidate_is_whole_when_its_last_part_comes_and_in_the_suites_order() -> None:
+    entries = ((0, 2, 4), (1, 3))
+    parts = {part: split_work(part, WORK, entries) for part in (0, 1)}
+    gathering = Gathering(entries)
     outcomes = {
         key: Outcome(report=report(work.entries or ()), digest="weights", seconds=3.0, merge_seconds=1.0, where=key)
         for each in parts.values()
@@ -81,9 +105,9 @@ def test_a_candidate_is_whole_when_its_last_part_comes_and_in_the_suites_order(t
     assert gathering.take({"7": Outcome(failure="x")}) == {7: Outcome(failure="x")}
 
 
-def test_what_fails_in_one_part_fails_the_candidate(tmp_path: Path) -> None:
+def test_what_fails_in_one_part_fails_the_candidate() -> None:
     good = Outcome(report=report((0, 2)), digest="weights")
-    gathering = Gathering(3, 2)
+    gathering = Gathering(((0, 2), (1,)))
     whole = gathering.take({"0/0": good, "0/1": Outcome(failure="lost")})[0]
     assert (whole.report, whole.failure) == (None, "lost")
     nan = Outcome(report=report((1,), error="NaN in the answers"), failure="NaN in the answers")

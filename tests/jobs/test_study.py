@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +49,8 @@ def study(
     cluster: str, parents: dict[str, Path], suite_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
     """A study whose driver ended after some trials, run to its end by a second driver."""
-    config = parse_study(make_document(parents, suite_file, budget={"trials": NUM_TRIALS}))
+    evaluators = {"count": 2, "cpus": 1, "scratch": str(tmp_path_factory.mktemp("scratch"))}
+    config = parse_study(make_document(parents, suite_file, budget={"trials": NUM_TRIALS}, evaluators=evaluators))
     output = tmp_path_factory.mktemp("studies") / "one"
     steps: list[StudyProgress] = []
 
@@ -170,9 +169,9 @@ def test_search_never_saw_report_items(study: Finished) -> None:
 
 
 @pytest.mark.ray
-def test_candidates_are_deleted_from_the_scratch_folder(study: Finished) -> None:
-    scratch = Path(tempfile.gettempdir()) / f"remelt-{os.getuid()}"
-    assert list(scratch.glob(f"{study.config.study_id[:16]}*")) == []
+def test_evaluators_leave_nothing_in_the_scratch_folder(study: Finished) -> None:
+    (folder,) = Path(str(study.config.evaluators.scratch)).iterdir()
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.ray

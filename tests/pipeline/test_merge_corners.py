@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +16,14 @@ import pytest
 
 from checkpoint_files import bf16, write_file
 from merge_fixtures import make_recipe, parent_tensors, write_pool
+from remelt.checkpoint import TensorInfo
 from remelt.commit import MANIFEST_FILE, WORK_DIR, OutputRun
 from remelt.errors import NonFiniteError, OutputError, RecipeError
 from remelt.executor import LocalExecutor
 from remelt.formats import open_checkpoint
 from remelt.layout import MB
 from remelt.merge import merge_recipe, open_checkpoints, run_plan
-from remelt.planner import Budget, build_plan
+from remelt.planner import Budget, build_plan, plan_sizes
 from remelt.range_reader import RangeReader
 from remelt.recipe import Recipe
 from remelt.verify import verify_merge
@@ -329,20 +332,64 @@ def test_a_replacement_killed_anywhere_in_its_commit_is_resumed_without_force(
     assert verify_merge(merged.path).problems == ()
 
 
-@pytest.mark.parametrize("method", ["ties", "model_stock"])
-def test_what_cannot_be_mapped_is_kept_by_copy_and_gives_the_same_bytes(
-    pool: dict[str, Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Many tensors of one block, and one of three blocks."""
+    pool = {}
+    for number, name in enumerate(("base", "p1", "p2")):
+        rng = np.random.default_rng(number)
+        shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (400, 400) for layer in range(24)}
+        shapes["model.embed_tokens.weight"] = (1200, 1000)
+        tensors = {each: bf16(rng.standard_normal(shape).astype(np.float32)) for each, shape in shapes.items()}
+        pool[name] = tmp_path_factory.mktemp("many") / name
+        write_file(pool[name] / "model.safetensors", tensors)
+    return pool
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_what_is_mapped_at_one_time_stays_within_the_arena(
+    many: dict[str, Path], tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make_recipe(pool, method)
+    recipe = make_recipe(many, "model_stock")
+    executor = LocalExecutor(threads=threads, memory_bytes=4000 * MB)
+    allowed = plan_sizes(build_plan(recipe, open_checkpoints(recipe), executor.budget())).arena_bytes
+    lock, window = threading.Lock(), RangeReader.window
+    live = {"now": 0, "most": 0, "calls": 0}
+
+    def forget(size: int) -> None:
+        with lock:
+            live["now"] -= size
+
+    def counted(self: RangeReader, info: TensorInfo) -> np.ndarray[Any, Any] | None:
+        found = window(self, info)
+        assert found is not None and found.base is not None
+        with lock:
+            live["calls"] += 1
+            live["now"] += info.nbytes
+            live["most"] = max(live["most"], live["now"])
+        weakref.finalize(found.base, forget, info.nbytes)
+        return found
+
+    monkeypatch.setattr(RangeReader, "window", counted)
+    merge_recipe(recipe, tmp_path / "out", executor=executor)
+    assert live["calls"] == 25 * 3
+    assert 0 < live["most"] <= allowed
+    assert live["now"] == 0
+
+
+def test_what_cannot_be_mapped_is_kept_by_copy_and_gives_the_same_bytes(
+    many: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(many, "model_stock")
     mapped = merge_recipe(recipe, tmp_path / "mapped", threads=2)
-    windows = RangeReader.window
+    window, asked = RangeReader.window, []
     for name in ("nothing", "one parent less"):
+
+        def partly(self: RangeReader, info: TensorInfo, name: str = name) -> np.ndarray[Any, Any] | None:
+            asked.append(name)
+            return None if name == "nothing" or self.index.root.endswith("p1") else window(self, info)
+
         with monkeypatch.context() as patch:
-            patch.setattr(
-                RangeReader,
-                "window",
-                lambda self, info, name=name: (
-                    None if name == "nothing" or self.index.root.endswith("p1") else windows(self, info)
-                ),
-            )
+            patch.setattr(RangeReader, "window", partly)
             assert merge_recipe(recipe, tmp_path / name, threads=2).digest == mapped.digest
+    assert set(asked) == {"nothing", "one parent less"}

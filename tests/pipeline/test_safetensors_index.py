@@ -129,7 +129,7 @@ def test_file_replaced_since_it_was_indexed_is_noticed(tmp_path: Path) -> None:
         check_unchanged(index)
 
 
-@pytest.mark.parametrize("cut", [1, 20, 24, 30, 100])
+@pytest.mark.parametrize("cut", [1, 20, 24, 30, 90])
 def test_truncated_file_is_refused_with_both_sizes(tmp_path: Path, cut: int) -> None:
     path = write_file(tmp_path / "model.safetensors", ONE)
     size = path.stat().st_size
