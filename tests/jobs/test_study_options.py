@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from remelt.errors import StudyError
+from remelt.errors import BudgetError, StudyError
 from remelt.searchers import TrialState, build_searcher
 from remelt_evals.eval_report import report_from_json
 from remelt_evals.ladder import stop_early
@@ -212,6 +212,15 @@ def test_candidates_that_do_not_fit_the_disk_budget_are_refused(
 ) -> None:
     document = make_document(parents, suite_file, evaluators={"count": 3, "disk": "2kB"})
     with pytest.raises(StudyError, match=r"3 candidates of .* lie on disk at one time"):
+        run_study(parse_study(document), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_candidates_that_do_not_fit_the_memory_together_are_refused(
+    parents: dict[str, Path], suite_file: Path, tmp_path: Path
+) -> None:
+    document = make_document(parents, suite_file, evaluators={"together": 64, "memory": "120MB"})
+    with pytest.raises(BudgetError, match=r"asked to stay within 57 MiB.*needs"):
         run_study(parse_study(document), tmp_path / "study")
     assert not (tmp_path / "study").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,24 @@ def test_parents_among_candidates_are_scored_as_they_lie(
     assert merged.report is not None and parent.report is not None
     assert parent.report.checkpoint == str(parents["p1"])
     assert "CheckpointError" in str(absent.failure)
+
+
+def test_after_an_error_of_the_evaluation_the_rest_is_left_to_another_process(
+    evaluator: TrialEvaluator, parents: dict[str, Path], suite_file: Path
+) -> None:
+    works = [work_on(suite_file, weighted(parents, weight)) for weight in (0.1, 0.2, 0.3)]
+    outcomes = evaluator.run([works[0], replace(works[1], suite_digest="another"), works[2]])
+    assert [outcome.is_evaluator_sound for outcome in outcomes] == [True, False]
+    assert outcomes[0].failure is None
+    assert "EvaluationError" in str(outcomes[1].failure)
+
+
+def test_sockets_find_room_for_their_names_in_the_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """107 characters is all that a Unix socket's path may have; vLLM puts names of 36 into the folder."""
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    evaluator = TrialEvaluator(BackendOptions(name="dummy"), None, "0123456789", 1, 0)
+    try:
+        child = Path(tempfile.gettempdir()) / "remelt-12345678"
+        assert len(str(child / ("x" * 36))) <= 107
+    finally:
+        evaluator.close()
