@@ -240,16 +240,16 @@ def test_a_study_with_a_larger_budget_goes_on(study: Finished, parents: dict[str
 @pytest.mark.ray
 def test_failed_trials_are_recorded_and_the_study_goes_on(cluster: str, suite_file: Path, tmp_path: Path) -> None:
     parents = write_pool(tmp_path / "parents", 2)
-    tensors: dict[str, Any] = parent_tensors(1)
+    tensors: dict[str, Any] = parent_tensors(2)
     dtype, bits = tensors["model.norm.weight"]
     tensors["model.norm.weight"] = (dtype, np.where(np.arange(bits.size) == 5, bf16(np.array([np.nan]))[1], bits))
-    write_file(parents["p1"] / "model.safetensors", tensors)
+    write_file(parents["p2"] / "model.safetensors", tensors)
     document = make_document(parents, suite_file, searcher="random", budget={"trials": 5})
     result = run_study(parse_study(document), tmp_path / "study")
     records = [record for record in read_journal(tmp_path / "study") if record["type"] == "finished"]
     assert {record["trial"] for record in records if record["state"] == "FAILED"} == {0, 3, 4}
     assert all("NonFiniteError" in record["failure"] for record in records if record["state"] == "FAILED")
-    assert (result.num_trials, result.num_failed, result.winner) == (5, 3, "p2")
+    assert (result.num_trials, result.num_failed, result.winner) == (5, 3, "p1")
     assert verify_merge(result.best_path).problems == ()
     assert any("no finalist of the search was better" in note for note in result.notes)
     assert any("without a score on report items: uniform" in note for note in result.notes)
