@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +40,6 @@ class Finished(NamedTuple):
     shelf: str
     name: str
     result: StudyResult
-    seconds: float
     scores: list[tuple[int, float]]
     """(trial, score on search items), as they finished."""
 
@@ -100,10 +98,9 @@ def main() -> None:
     finished = []
     with scratch_folder(options.scratch) as folder, ray_session(num_cpus=3):
         for (shelf, name), path in write_studies(folder, options.seeds).items():
-            started = time.monotonic()
             with TerminalStudyProgress() as progress:
                 result = run_study(load_study(path), path.with_suffix(""), progress=progress)
-            finished.append(Finished(shelf, name, result, time.monotonic() - started, search_scores(result)))
+            finished.append(Finished(shelf, name, result, search_scores(result)))
             print(f"{shelf}: {name}:")
             print_result(result)
     draw(finished, options.reports / "recycling.svg")
@@ -147,12 +144,17 @@ def sections(shelf: str, finished: list[Finished]) -> list[str]:
     baselines = {row.label: row for row in first.rows[:-1]}
     names = list(shelves()[shelf])
     single = max((baselines[name] for name in names), key=lambda row: row.objective)
+    uniform = baselines["uniform"]
     rows = [
-        ["best single checkpoint", single.label, f"{single.objective:.3f} ± {single.stderr or 0:.3f}", "", "", "", ""],
-        *(
-            [["uniform merge", "", f"{b.objective:.3f} ± {b.stderr or 0:.3f}", "", "", "", ""]]
-            for b in [baselines["uniform"]]
-        ),
+        ["best single checkpoint", single.label, f"{single.objective:.3f} ± {single.stderr or 0:.3f}", "", "", ""],
+        [
+            "uniform merge",
+            "",
+            f"{uniform.objective:.3f} ± {uniform.stderr or 0:.3f}",
+            "",
+            "",
+            "",
+        ],
     ]
     for one in finished:
         best = one.result.rows[-1]
@@ -166,7 +168,6 @@ def sections(shelf: str, finished: list[Finished]) -> list[str]:
                 interval(versus["best parent"]),
                 interval(versus["uniform"]),
                 f"{sum(weight >= SEEN for weight in weights)} of {len(names)}" if weights else "1",
-                f"{one.seconds:.0f}",
             ]
         )
     return [
@@ -179,7 +180,6 @@ def sections(shelf: str, finished: list[Finished]) -> list[str]:
                 "minus the best single",
                 "minus uniform",
                 f"checkpoints with {SEEN:g} or more",
-                "seconds",
             ],
             rows,
         ),

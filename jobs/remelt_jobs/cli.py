@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -55,10 +56,16 @@ app.command("status")(status_command.status)
 app.command("demo")(search_commands.demo)
 
 
+_INTERRUPTED = 128 + signal.SIGINT
+_received: list[int] = []
+"""Signals that ended the command; SIGINT is not among them, it comes as KeyboardInterrupt."""
+
+
 def main() -> None:
     """Entry point of the console script."""
     # What the imports and the loading of kernels leave behind is kept: collecting it again and again takes 0.1 s.
     gc.set_threshold(100_000)
+    signal.signal(signal.SIGTERM, _end_in_order)
     try:
         status = app(standalone_mode=False)
     except RemeltError as error:
@@ -72,8 +79,30 @@ def main() -> None:
     except BrokenPipeError:
         # The reader of our output went away, as `| head` does.
         _exit(0)
+    except OSError as error:
+        # A file where a folder belongs, a full disk, no permission: of whatever place it is the user's to mend.
+        if error.filename is None:
+            raise
+        _refuse(f"{error.filename}: {error.strerror}; check the path, its permissions and the disk")
+    except (KeyboardInterrupt, typer.Abort):
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:
+        _stopped(128 + (_received[0] if _received else signal.SIGINT))
     # A command returns nothing; what ended by typer.Exit comes back as its status.
     _exit(status or 0)
+
+
+def _end_in_order(number: int, frame: object) -> NoReturn:
+    """SIGTERM, as job schedulers send it: unwind, so that leases are released and what was started is ended."""
+    _received.append(number)
+    # Of all exceptions from a handler, Ray's calls let this one through.
+    raise KeyboardInterrupt
+
+
+def _stopped(status: int) -> NoReturn:
+    long = {"merge", "search", "select", "demo"} & set(sys.argv[1:2])
+    print("remelt: stopped" + ("; run the same command again to go on" if long else ""), file=sys.stderr)
+    _exit(status)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +51,8 @@ def ray_session(*, num_cpus: int | None = None, resources: dict[str, float] | No
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "remelt"}
     address = os.environ.get("RAY_ADDRESS")
+    is_main = threading.current_thread() is threading.main_thread()
+    on_term = signal.getsignal(signal.SIGTERM)
     if address:
         try:
             _check_answers(address)
@@ -61,6 +65,9 @@ def ray_session(*, num_cpus: int | None = None, resources: dict[str, float] | No
             ) from error
     else:
         _start(num_cpus or len(os.sched_getaffinity(0)), resources or {}, quiet)
+    if is_main:
+        # Ray puts a handler of its own in the place of the program's, which ends it with a crash report.
+        signal.signal(signal.SIGTERM, on_term)
     try:
         yield "joined" if address else "started"
     finally:

@@ -56,6 +56,9 @@ def evaluate(
     from remelt_jobs.study_config import suite_path
     from remelt_jobs.tables import print_table
 
+    for folder in (reports, cache):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise EvaluationError(f"{folder} is a file, a folder belongs there; choose another")
     opened = open_for_evaluation(checkpoint)
     request = EvalRequest(
         checkpoint=str(opened.path),

@@ -93,6 +93,11 @@ def _study(directory: Path) -> StudyStatus:
             "the same search command again"
         )
     identity = records[0]
+    if identity["type"] != "study":
+        raise StudyError(
+            f"{directory} is the output of `remelt select`, which has no status; driver: {lease_state(directory)}. Run "
+            "the same command again: it goes on, or shows what came of it"
+        )
     objective = OBJECTIVES[identity["canonical"]["objective"]]
     state = StudyState.of(records, objective, identity.get("weights", ()))
     counts = {"RUNNING": len(state.unfinished)}

@@ -37,7 +37,7 @@ from remelt_jobs.journal import Journal, Record, read_journal
 from remelt_jobs.lease import STALE_AFTER_SECONDS, Lease, take_lease
 from remelt_jobs.parts import Gathering, deal_entries, split_work
 from remelt_jobs.ray_session import ray_session
-from remelt_jobs.study_checks import check_identity, check_inputs, plan_ahead, refuse_foreign
+from remelt_jobs.study_checks import check_cluster, check_identity, check_inputs, plan_ahead, refuse_foreign
 from remelt_jobs.study_config import StudyConfig
 from remelt_jobs.study_progress import OnProgress, Phase, StudyProgress, Watch, starting
 from remelt_jobs.study_result import BEST, EVALUATIONS, REPORTS, RESULT_FILE, StudyResult, build_result
@@ -89,7 +89,8 @@ def run_study(
         # Started on the spot, a cluster holds all evaluators, and one worker for the winner's merge.
         num_cpus = math.ceil(config.evaluators.count * config.evaluators.nodes * config.evaluators.cpus) + 1
         progress(starting("connecting to Ray, or starting it on this machine"))
-        stack.enter_context(ray_session(num_cpus=max(num_cpus, len(os.sched_getaffinity(0)))))
+        kind = stack.enter_context(ray_session(num_cpus=max(num_cpus, len(os.sched_getaffinity(0)))))
+        check_cluster(kind, config.evaluators)
         study = _Study(config, output, lease, journal, executor, progress)
         return study.run(identity)
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from remelt.checkpoint import CheckpointIndex
+from remelt.commit import MANIFEST_FILE, WORK_DIR
 from remelt.errors import NumericsError, RecipeError, StudyError
 from remelt.merge import open_checkpoints
 from remelt.planner import Budget, build_plan
 from remelt_jobs.candidates import checkpoint_identity, starting_candidates
 from remelt_jobs.journal import Record
-from remelt_jobs.study_config import StudyConfig
+from remelt_jobs.study_config import Evaluators, StudyConfig
 from remelt_jobs.study_result import BEST, EVALUATIONS, RESULT_FILE
 from remelt_jobs.study_state import StudyState
 
@@ -20,7 +21,11 @@ def refuse_foreign(output: Path) -> None:
     """Refuse a directory that is no study's but holds something by a name that a study writes."""
     if (output / "journal").is_dir():
         return
-    taken = [name for name in (BEST, EVALUATIONS, RESULT_FILE, "lease", "journal") if (output / name).exists()]
+    taken = [
+        name
+        for name in (BEST, EVALUATIONS, RESULT_FILE, "lease", "journal", MANIFEST_FILE, WORK_DIR)
+        if (output / name).exists()
+    ]
     if taken:
         raise StudyError(f"{output} holds {', '.join(taken)}, and no study of ours; choose another --output")
 
@@ -50,6 +55,18 @@ def check_inputs(identity: Record, state: StudyState, output: Path) -> None:
         raise NumericsError(
             f"{output} was begun with numerics {known['numerics']}, this host computes with "
             f"{identity['numerics']}; go on where it was begun, or choose another --output"
+        )
+
+
+def check_cluster(kind: str, evaluators: Evaluators) -> None:
+    """Refuse evaluators that a cluster started on the spot can never hold; one that is joined may still grow."""
+    import ray
+
+    total = ray.cluster_resources()
+    if kind == "started" and evaluators.gpus > total.get("GPU", 0):
+        raise StudyError(
+            f"each evaluator asks for {evaluators.gpus:g} GPUs, this machine has {total.get('GPU', 0):g}; ask for less "
+            "under `evaluators:`, or set RAY_ADDRESS to a cluster that has them"
         )
 
 
