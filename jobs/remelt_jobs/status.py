@@ -89,8 +89,8 @@ def _study(directory: Path) -> StudyStatus:
     records = read_journal(directory)
     if not records:
         raise StudyError(
-            f"{directory}: its journal has no record yet; driver: {lease_state(directory)}. If nobody drives, run "
-            "the same search command again"
+            f"{directory}: no record yet; driver: {lease_state(directory)}. A search that has a driver is starting; "
+            "if nobody drives, run the same search command again"
         )
     identity = records[0]
     if identity["type"] != "study":

@@ -153,7 +153,11 @@ class _Study:
 
     def _pool(self) -> EvaluatorPool:
         count = self.config.evaluators.count
-        self.on_progress(starting(f"starting {count} evaluators; the first scores take longer, they load lm-eval"))
+        self.on_progress(
+            starting(
+                f"starting {count} evaluator{'s' if count > 1 else ''}; the first scores take longer, they load lm-eval"
+            )
+        )
         backend = replace(self.config.backend, threads=max(1, int(self.config.evaluators.cpus)))
         return EvaluatorPool(self.config.evaluators, backend, self._scratch_name(), self.lease.fence)
 

@@ -18,6 +18,7 @@ from remelt.errors import RecipeError
 from remelt.layout import Storable, cut_shards, order_in_shard, shard_names
 from remelt.memory import Sizes, default_memory_bytes, held_bytes, project, rounds_of
 from remelt.numerics import numerics_tag
+from remelt.parent_notes import parent_notes
 from remelt.plan import (
     MergePlan,
     PlannedTensor,
@@ -91,7 +92,7 @@ def build_plan(
     columns = [resolve(each, targets.names, num_hidden_layers=parents.num_hidden_layers) for each in recipes]
     drafts, dropped, notes, warnings = _draft_tensors(parents, targets.names, list(zip(*columns, strict=True)))
     unused = find_unused(first, targets.names, num_hidden_layers=parents.num_hidden_layers)
-    notes = [*first.notes, *parents.notes, *targets.notes, *notes, *unused]
+    notes = [*first.notes, *parents.notes, *parent_notes(parents.base_index, indexes), *targets.notes, *notes, *unused]
     by_class = _operators_by_class(drafts, parents.num_hidden_layers, len(recipes))
 
     groups = _place(drafts, first)
