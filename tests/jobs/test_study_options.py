@@ -184,7 +184,7 @@ def test_candidates_that_are_merged_together_score_what_each_does_alone(
         run_study(parse_study(document | {"evaluators": evaluators}), tmp_path / str(together))
         finished[together] = by_type(read_journal(tmp_path / str(together)), "finished")
     asked = [record["asked_after"] for record in by_type(read_journal(tmp_path / "3"), "asked")]
-    assert asked == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9]
+    assert asked == [0, 1, 2, 3, 4, 4, 4, 7, 7, 7, 10]
     for one, other in zip(finished[1], finished[3], strict=True):
         for key in ("trial", "digest", "candidate_id", "values", "score"):
             assert one[key] == other[key]
